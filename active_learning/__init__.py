@@ -1,0 +1,1 @@
+"""Corrections, training, versions. May import `model` only; filled by the [learning] work."""

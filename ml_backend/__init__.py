@@ -1,0 +1,1 @@
+"""The outside world: Label Studio's protocol, images, settings, the service, commands."""

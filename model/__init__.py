@@ -1,0 +1,1 @@
+"""Pixels and tensors: values, geometry, networks, metrics. Imports neither of the other rooms."""

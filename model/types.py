@@ -1,0 +1,130 @@
+"""The words every room shares: clicks, boxes, granularity, prompts, proposals.
+
+Values only: nothing here loads weights, opens files or talks to a server.
+Coordinates are pixels of the source image, x right and y down, origin at its top-left corner,
+so that pixel (row, column) covers [column, column + 1) x [row, row + 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isfinite
+
+import numpy as np
+import numpy.typing as npt
+
+RGBImage = npt.NDArray[np.uint8]  # H, W, 3
+Mask = npt.NDArray[np.bool_]  # H, W
+
+MAX_CLICKS = 100
+"""Clicks one prompt may hold; more is a script, not a person, and each costs a decoder pass."""
+
+
+class Refusal(ValueError):
+    """We understood the request and decline; the message is for the person who made it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Click:
+    """One point an annotator placed: keep this region, or leave it out."""
+
+    x: float  # pixels, to the right
+    y: float  # pixels, downwards
+    positive: bool
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.x) and isfinite(self.y)):
+            raise Refusal(f"click ({self.x}, {self.y}) is not a point: x and y must be finite numbers of pixels")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """An axis-parallel rectangle around what the mask shall hold."""
+
+    left: float  # pixels
+    top: float
+    right: float
+    bottom: float
+
+    def __post_init__(self) -> None:
+        corners = (self.left, self.top, self.right, self.bottom)
+        if not all(isfinite(c) for c in corners):
+            raise Refusal(f"box {corners} is not a rectangle: its corners must be finite numbers of pixels")
+        if self.right <= self.left or self.bottom <= self.top:
+            raise Refusal(f"box {corners} is empty: draw it wider and higher than nothing")
+
+
+@dataclass(frozen=True, slots=True)
+class Granularity:
+    """How much of the scene a click claims; GraCo learns one embedding a level."""
+
+    level: int  # 1 a small part ... 10 the whole object
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.level <= 10:
+            raise Refusal(
+                f"granularity level {self.level} is outside 1..10 (1 finest part, 10 whole object); "
+                "for a slider value such as 0.3 use Granularity.from_value(0.3)"
+            )
+
+    @classmethod
+    def from_value(cls, value: float) -> Granularity:
+        """Return the level of a slider value in [0, 1]: the nearest tenth, 0 counting as the finest level.
+
+        Raises:
+            Refusal: `value` is not a number in [0, 1].
+
+        >>> Granularity.from_value(0.29), Granularity.from_value(0.0)
+        (Granularity(level=3), Granularity(level=1))
+        """
+        if not (isfinite(value) and 0 <= value <= 1):
+            raise Refusal(f"granularity {value} is outside 0..1 (0 finest part, 1 whole object)")
+        return cls(max(1, round(value * 10)))
+
+    @property
+    def value(self) -> float:
+        """The level as the slider shows it, 0.1 .. 1.0."""
+        return self.level / 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """All an annotator gave for one object: clicks in order, a box, a granularity, a phrase.
+
+    An empty prompt (no click, no box) is allowed as a value; a segmenter refuses it.
+    """
+
+    clicks: tuple[Click, ...] = ()
+    box: Box | None = None
+    granularity: Granularity | None = None
+    phrase: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.clicks) > MAX_CLICKS:
+            raise Refusal(
+                f"{len(self.clicks)} clicks on one object; at most {MAX_CLICKS} are answered: "
+                "accept or reject the mask and begin a new region"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Proposal:
+    """One mask offered for a prompt."""
+
+    mask: Mask  # H, W of the source image; not to be written into
+    score: float  # what the network expects its IoU to be, 0..1
+    granularity: Granularity | None = None  # what was asked for, or where this proposal stands
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Prediction:
+    """Our answer to a prompt: one or several proposals, best first."""
+
+    proposals: tuple[Proposal, ...]
+    adapter: str | None = None  # id of the adapter that answered; None: base weights
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Proposal:
+        """The proposal to show when only one is wanted."""
+        return self.proposals[0]
