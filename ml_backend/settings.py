@@ -1,0 +1,74 @@
+"""Every setting, read from the environment once at start; the only file that reads it.
+
+Names are `GRACO_` + the field's name in capitals; Label Studio's address and token carry the names its users know.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What an operator may choose; a wrong value stops the start with a sentence naming the variable."""
+
+    model_config = SettingsConfigDict(env_prefix="GRACO_", env_ignore_empty=True, extra="ignore", frozen=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 lets other machines and containers in")
+    port: int = Field(9090, ge=1, le=65535, description="port to listen on")
+    threads: int = Field(8, ge=2, le=256, description="requests answered at a time")
+    data_dir: Path = Field(Path("data"), description="where embeddings, remembered answers and Redis keep their files")
+
+    label_studio_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("LABEL_STUDIO_URL", "label_studio_url"),
+        description="Label Studio's address as this backend reaches it, with its sub-path if it has one",
+    )
+    label_studio_api_key: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("LABEL_STUDIO_API_KEY", "label_studio_api_key"),
+        description="a Label Studio token, legacy or personal access, to read task images",
+    )
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the network runs")
+    encoder: Literal["auto", "fast", "exact"] = Field(
+        "auto", description="image encoder: fast (compiled for this CPU), exact (torch fp32), auto: fast where it works"
+    )
+    compute_threads: int = Field(0, ge=0, description="CPU threads of one network run; 0: one per core")
+
+    embedding_memory_mb: int = Field(256, ge=8, description="encoded images kept in memory")
+    embedding_disk_mb: int = Field(2048, ge=0, description="encoded images kept on disk; 0: none")
+    remembered_answers: int = Field(100_000, ge=100, description="answers remembered to tell corrected from accepted")
+
+    image_max_mb: int = Field(100, ge=1, description="largest image file accepted")
+    image_max_megapixels: int = Field(100, ge=1, description="largest image accepted, before it is decoded")
+    image_timeout_s: float = Field(30, gt=0, description="longest time to fetch one image, redirects included")
+    image_ttl_s: float = Field(3600, ge=0, description="how long a task's image is taken to be unchanged")
+    allow_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="hosts or networks images may come from although private, comma separated: nas.local,10.0.0.0/8"
+    )
+    request_max_mb: int = Field(250, ge=1, description="largest request body accepted; drafts travel with each click")
+
+    propose: int = Field(1, ge=1, le=3, description="proposals offered for one click when no granularity is chosen")
+    default_granularity: float | None = Field(None, ge=0, le=1, description="granularity when the annotator gave none")
+    prelabel: bool = Field(False, description="answer batch predictions with whole-image proposals instead of nothing")
+    prelabel_limit_s: float = Field(60, gt=0, description="time one batch prediction may take; Label Studio waits 100 s")
+
+    redis_url: str | None = Field(None, description="Redis to use; none: a bundled server under the data directory")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="how much is logged")
+    log_json: bool = Field(False, description="log lines as JSON instead of readable text")
+
+    @field_validator("allow_hosts", mode="before")
+    @classmethod
+    def _split_hosts(cls, value: object) -> object:
+        return tuple(h.strip() for h in value.split(",") if h.strip()) if isinstance(value, str) else value
+
+    @field_validator("label_studio_url")
+    @classmethod
+    def _check_url(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError(f"LABEL_STUDIO_URL is {value!r}; give it with its scheme, such as http://127.0.0.1:8080")
+        return value.rstrip("/") if value else None
