@@ -1,0 +1,280 @@
+"""The network of the `light` family: TinyViT image encoder, prompt encoder, mask decoder.
+
+The image is encoded once; each click costs one pass of the decoder. Tensors are B, C, H, W; a prompt's points are
+pixels of the resized image (long side 1024). Batch norms of the published encoder are folded into its convolutions.
+
+Source: TinyViT (arXiv 2207.10666; blocks from timm), Segment Anything (arXiv 2304.02643) for prompts and decoder,
+MobileSAM (arXiv 2306.14289) for joining the two.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from timm.models.tiny_vit import ConvNorm, MBConv, PatchEmbed, PatchMerging, TinyVitBlock
+from torch import Tensor, nn
+
+SIDE = 1024
+"""Pixels of the square the encoder reads."""
+GRID = 64
+"""Rows and columns of the embedding: one vector for 16 x 16 pixels."""
+CHANNELS = 256
+LOW_RES = 256
+"""Rows and columns of the mask logits: one value for 4 x 4 pixels."""
+MASK_TOKENS = 4
+"""Token 0 answers with a single mask; tokens 1-3 with roughly subpart, part and whole."""
+
+POINT_PADDING, POINT_NEGATIVE, POINT_POSITIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
+
+_WIDTHS = (64, 128, 160, 320)
+_DEPTHS = (2, 2, 6, 2)
+_HEADS = (2, 4, 5, 10)
+_WINDOWS = (7, 7, 14, 7)
+
+
+def fuse_norms(module: nn.Module) -> None:
+    """Replace each convolution + batch norm of `module` by the one convolution that equals both (in eval mode)."""
+    for name, child in module.named_children():
+        if isinstance(child, ConvNorm):
+            setattr(module, name, child.fuse())
+        else:
+            fuse_norms(child)
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels of B, C, H, W."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` normalised over C; same shape."""
+        return F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, 1e-6).permute(0, 3, 1, 2)
+
+
+class ImageEncoder(nn.Module):
+    """TinyViT-5M with a neck: B, 3, 1024, 1024 normalised pixels to B, 256, 64, 64."""
+
+    def __init__(self, *, folded: bool = True) -> None:
+        """Build the encoder; `folded=False` keeps the batch norms, to read published weights into."""
+        super().__init__()
+        self.patch_embed = PatchEmbed(3, _WIDTHS[0], nn.GELU)
+        self.stages = nn.ModuleList()
+        for i, (width, depth, heads, window) in enumerate(zip(_WIDTHS, _DEPTHS, _HEADS, _WINDOWS, strict=True)):
+            blocks = (
+                [MBConv(width, width, 4.0, nn.GELU, 0.0) for _ in range(depth)]
+                if i == 0
+                else [TinyVitBlock(width, heads, window) for _ in range(depth)]
+            )
+            self.stages.append(nn.Sequential(*blocks))
+        self.merges = nn.ModuleList(PatchMerging(a, b, nn.GELU) for a, b in pairwise(_WIDTHS))
+        self.merges[2].conv2.conv.stride = (1, 1)  # the last merge keeps the 64 x 64 map
+        self.neck = nn.Sequential(
+            nn.Conv2d(_WIDTHS[-1], CHANNELS, 1, bias=False),
+            ChannelNorm(CHANNELS),
+            nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False),
+            ChannelNorm(CHANNELS),
+        )
+        if folded:
+            fuse_norms(self)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the embedding of normalised `pixels`: B, 3, 1024, 1024 to B, 256, 64, 64."""
+        x = self.merges[0](self.stages[0](self.patch_embed(pixels)))  # B, 128, 128, 128
+        x = self.stages[1](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.stages[2](self.merges[1](x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # B, 160, 64, 64
+        x = self.stages[3](self.merges[2](x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # B, 320, 64, 64
+        embedding: Tensor = self.neck(x)
+        return embedding
+
+
+class PromptEncoder(nn.Module):
+    """Points, box corners and a previous mask to the vectors that the decoder reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.randn(2, CHANNELS // 2))
+        self.kinds = nn.Embedding(4, CHANNELS)  # negative, positive, box top-left, box bottom-right
+        self.padding = nn.Embedding(1, CHANNELS)
+        self.no_mask = nn.Embedding(1, CHANNELS)
+        self.mask_downscaling = nn.Sequential(
+            nn.Conv2d(1, 4, 2, stride=2),
+            ChannelNorm(4),
+            nn.GELU(),
+            nn.Conv2d(4, 16, 2, stride=2),
+            ChannelNorm(16),
+            nn.GELU(),
+            nn.Conv2d(16, CHANNELS, 1),
+        )
+
+    def position(self, points: Tensor) -> Tensor:
+        """Return random-Fourier positions of `points` (..., 2) in [0, 1]: (..., 256)."""
+        angle = 2 * torch.pi * ((2 * points - 1) @ self.frequencies)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+    def grid_position(self) -> Tensor:
+        """Return the positions of the embedding's cells: 1, 256, 64, 64."""
+        centres = (torch.arange(GRID, device=self.frequencies.device, dtype=self.frequencies.dtype) + 0.5) / GRID
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        return self.position(torch.stack([x, y], dim=-1)).permute(2, 0, 1)[None]
+
+    def points(self, xy: Tensor, kinds: Tensor) -> Tensor:
+        """Return the vectors of points: `xy` B, N, 2 pixels of the resized image and `kinds` B, N to B, N, 256."""
+        position = self.position((xy + 0.5) / SIDE)  # B, N, C
+        padding = (kinds == POINT_PADDING)[..., None]
+        return torch.where(padding, self.padding.weight[0], position + self.kinds(kinds.clamp(min=0)))
+
+    def dense(self, previous: Tensor | None) -> Tensor:
+        """Return what is added to the embedding: from B, 1, 256, 256 logits, or the vector for 'no mask yet'."""
+        if previous is None:
+            return self.no_mask.weight.reshape(1, CHANNELS, 1, 1)
+        added: Tensor = self.mask_downscaling(previous)
+        return added
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose inner width may be smaller than that of its inputs."""
+
+    def __init__(self, inner: int, heads: int = 8) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(CHANNELS, inner)
+        self.k_proj = nn.Linear(CHANNELS, inner)
+        self.v_proj = nn.Linear(CHANNELS, inner)
+        self.out_proj = nn.Linear(inner, CHANNELS)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from `q` B, N, C to `k` and `v` B, M, C; B, N, C."""
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B, heads, N, C / heads
+            for proj, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
+        )
+        out: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+class Mlp(nn.Module):
+    """Linear layers with ReLU between."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return B, ..., last width."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        out: Tensor = self.layers[-1](x)
+        return out
+
+
+class TwoWayBlock(nn.Module):
+    """Tokens look at themselves, then at the image; then the image looks at the tokens."""
+
+    def __init__(self, *, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.self_attn = Attention(CHANNELS)
+        self.cross_attn_token_to_image = Attention(CHANNELS // 2)
+        self.mlp = Mlp(CHANNELS, 2048, CHANNELS)
+        self.cross_attn_image_to_token = Attention(CHANNELS // 2)
+        self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(CHANNELS) for _ in range(4))
+
+    def forward(self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens B, N, C and image B, H * W, C after one exchange."""
+        if self.first:
+            tokens = self.self_attn(tokens, tokens, tokens)
+        else:
+            q = tokens + token_pe
+            tokens = tokens + self.self_attn(q, q, tokens)
+        tokens = self.norm1(tokens)
+        located = image + image_pe
+        tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_pe, located, image))
+        tokens = self.norm3(tokens + self.mlp(tokens))
+        image = self.norm4(image + self.cross_attn_image_to_token(located, tokens + token_pe, tokens))
+        return tokens, image
+
+
+class TwoWayTransformer(nn.Module):
+    """Two exchanges between tokens and image, and a last look of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TwoWayBlock(first=i == 0) for i in range(2))
+        self.final_attn_token_to_image = Attention(CHANNELS // 2)
+        self.norm_final_attn = nn.LayerNorm(CHANNELS)
+
+    def forward(self, image: Tensor, image_pe: Tensor, token_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens B, N, C and image B, H * W, C; the tokens' own vectors serve as their positions."""
+        tokens = token_pe
+        for layer in self.layers:
+            tokens, image = layer(tokens, image, token_pe, image_pe)
+        attended = self.final_attn_token_to_image(tokens + token_pe, image + image_pe, image)
+        return self.norm_final_attn(tokens + attended), image
+
+
+class MaskDecoder(nn.Module):
+    """Embedding and prompt vectors to mask logits and expected IoUs, one of each per mask token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = TwoWayTransformer()
+        self.iou_token = nn.Embedding(1, CHANNELS)
+        self.mask_tokens = nn.Embedding(MASK_TOKENS, CHANNELS)
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(CHANNELS, CHANNELS // 4, 2, stride=2),
+            ChannelNorm(CHANNELS // 4),
+            nn.GELU(),
+            nn.ConvTranspose2d(CHANNELS // 4, CHANNELS // 8, 2, stride=2),
+            nn.GELU(),
+        )
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            Mlp(CHANNELS, CHANNELS, CHANNELS, CHANNELS // 8) for _ in range(MASK_TOKENS)
+        )
+        self.iou_prediction_head = Mlp(CHANNELS, CHANNELS, CHANNELS, MASK_TOKENS)
+
+    def forward(self, image: Tensor, image_pe: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits B, 4, 256, 256 and expected IoUs B, 4.
+
+        Args:
+            image: embedding with the previous mask added, B, 256, 64, 64.
+            image_pe: positions of its cells, 1, 256, 64, 64.
+            prompt: vectors of points and box corners, B, N, 256.
+        """
+        outputs = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(len(prompt), -1, -1)
+        tokens, seen = self.transformer(
+            image.flatten(2).transpose(1, 2), image_pe.flatten(2).transpose(1, 2), torch.cat([outputs, prompt], dim=1)
+        )
+        upscaled = self.output_upscaling(seen.transpose(1, 2).unflatten(2, (GRID, GRID)))  # B, 32, 256, 256
+        weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1)
+        logits = (weights @ upscaled.flatten(2)).unflatten(2, (LOW_RES, LOW_RES))  # B, 4, 256, 256
+        return logits, self.iou_prediction_head(tokens[:, 0])
+
+
+class LightNetwork(nn.Module):
+    """The three parts together; encoder and decoder are called apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_encoder = ImageEncoder()
+        self.prompt_encoder = PromptEncoder()
+        self.mask_decoder = MaskDecoder()
+
+    def decode(self, embedding: Tensor, xy: Tensor, kinds: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return logits B, 4, 256, 256 and expected IoUs B, 4 for B prompts on one image.
+
+        Args:
+            embedding: 1 or B, 256, 64, 64.
+            xy: points, B, N, 2, pixels of the resized image.
+            kinds: what each point is, B, N (`POINT_*`, `BOX_*`).
+            previous: logits of the answer to all clicks but the last, B, 1, 256, 256.
+        """
+        image = (embedding + self.prompt_encoder.dense(previous)).expand(len(xy), -1, -1, -1)
+        logits, scores = self.mask_decoder(
+            image, self.prompt_encoder.grid_position(), self.prompt_encoder.points(xy, kinds)
+        )
+        return logits, scores
