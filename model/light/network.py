@@ -38,7 +38,7 @@ def fuse_norms(module: nn.Module) -> None:
     """Replace each convolution + batch norm of `module` by the one convolution that equals both (in eval mode)."""
     for name, child in module.named_children():
         if isinstance(child, ConvNorm):
-            setattr(module, name, child.fuse())
+            setattr(module, name, child.fuse())  # type: ignore[no-untyped-call]
         else:
             fuse_norms(child)
 
@@ -72,7 +72,9 @@ class ImageEncoder(nn.Module):
             )
             self.stages.append(nn.Sequential(*blocks))
         self.merges = nn.ModuleList(PatchMerging(a, b, nn.GELU) for a, b in pairwise(_WIDTHS))
-        self.merges[2].conv2.conv.stride = (1, 1)  # the last merge keeps the 64 x 64 map
+        last = self.merges[-1].get_submodule("conv2.conv")
+        assert isinstance(last, nn.Conv2d)
+        last.stride = (1, 1)  # the last merge keeps the 64 x 64 map
         self.neck = nn.Sequential(
             nn.Conv2d(_WIDTHS[-1], CHANNELS, 1, bias=False),
             ChannelNorm(CHANNELS),

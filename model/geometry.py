@@ -1,0 +1,85 @@
+"""Sizes and places: how a source image sits in the network's square, and the way back.
+
+Pure functions. Coordinates are pixels, pixel (row, column) covering [column, column + 1) x [row, row + 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from model.types import Box, Refusal, RGBImage
+
+FloatMap = npt.NDArray[np.float32]  # H, W
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """An image of `height` x `width` resized so that its long side is `side`, at the top left of a square."""
+
+    height: int
+    width: int
+    side: int
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise Refusal(f"an image of {self.width} x {self.height} pixels holds nothing to segment")
+
+    @property
+    def scale(self) -> float:
+        """Pixels of the square for one pixel of the image."""
+        return self.side / max(self.height, self.width)
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        """Height and width in the square, at least 1 each."""
+        return max(1, int(self.height * self.scale + 0.5)), max(1, int(self.width * self.scale + 0.5))
+
+    def to_square(self, xy: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        """Return points (..., 2) of the image as points of the square.
+
+        >>> Fit(100, 200, 1024).to_square(np.array([200.0, 100.0])).tolist()
+        [1024.0, 512.0]
+        """
+        height, width = self.resized
+        return (np.asarray(xy, dtype=np.float64) * (width / self.width, height / self.height)).astype(np.float32)
+
+    def from_square(self, xy: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        """Return points (..., 2) of the square as points of the image; the inverse of `to_square`."""
+        height, width = self.resized
+        return (np.asarray(xy, dtype=np.float64) * (self.width / width, self.height / height)).astype(np.float32)
+
+    def resize(self, image: RGBImage) -> RGBImage:
+        """Return `image` (height, width, 3) at its size in the square, antialiased."""
+        if image.shape != (self.height, self.width, 3) or image.dtype != np.uint8:
+            raise ValueError(f"expected uint8 {(self.height, self.width, 3)}, got {image.dtype} {image.shape}")
+        height, width = self.resized
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+    def paste_back(self, low_res: FloatMap) -> FloatMap:
+        """Return a map of the whole square, at any resolution, as a map of the image (height, width).
+
+        Bilinear, first to the square's own resolution and then, without its padding, to the image: what Segment
+        Anything does with its logits.
+        """
+        height, width = self.resized
+        square = cv2.resize(low_res, (self.side, self.side), interpolation=cv2.INTER_LINEAR)
+        whole = cv2.resize(square[:height, :width], (self.width, self.height), interpolation=cv2.INTER_LINEAR)
+        return np.asarray(whole, dtype=np.float32)
+
+
+def clip_box(box: Box, height: int, width: int) -> Box:
+    """Return the part of `box` that lies in the image.
+
+    Raises:
+        Refusal: nothing of it does.
+    """
+    left, right = max(0.0, box.left), min(float(width), box.right)
+    top, bottom = max(0.0, box.top), min(float(height), box.bottom)
+    if left >= right or top >= bottom:
+        raise Refusal(f"the box {box} lies outside the image of {width} x {height} pixels")
+    return Box(left=left, top=top, right=right, bottom=bottom)

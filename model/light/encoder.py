@@ -1,0 +1,111 @@
+"""Ways to run the image encoder: torch as the reference, OpenVINO where it is faster on this CPU.
+
+Measured in docs/benchmarks.md: OpenVINO fp32 gives torch's masks at half the time on CPUs; int8 and bf16 do not keep
+the masks (IoU under 0.99), so they are not offered.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.light.network import SIDE, ImageEncoder
+
+log = logging.getLogger(__name__)
+
+
+class EncoderRuntime(Protocol):
+    """Something that turns normalised pixels 1, 3, 1024, 1024 into an embedding 1, 256, 64, 64, one call at a time."""
+
+    name: str
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the embedding, fp32 on the CPU or on the device of `pixels`."""
+
+
+class TorchEncoder:
+    """The network as torch runs it: fp32 on a CPU (the reference), half precision on a GPU."""
+
+    def __init__(self, encoder: ImageEncoder, device: torch.device) -> None:
+        self.half = device.type == "cuda"
+        self.name = "torch-fp16" if self.half else "torch-fp32"
+        self._encoder = (encoder.half() if self.half else encoder.to(memory_format=torch.channels_last)).to(device)
+        self._device = device
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the embedding 1, 256, 64, 64 in fp32."""
+        pixels = pixels.to(self._device, torch.float16 if self.half else torch.float32)
+        with torch.inference_mode():
+            embedding: Tensor = self._encoder(pixels.to(memory_format=torch.channels_last)).float()
+        return embedding
+
+
+class OpenVinoEncoder:
+    """The network compiled by OpenVINO for this CPU, in fp32."""
+
+    def __init__(self, encoder: ImageEncoder, digest: str, threads: int, folder: Path | None) -> None:
+        """Compile `encoder`, or read what an earlier start left in `folder` for this digest and OpenVINO."""
+        import openvino as ov
+
+        self.name = "openvino-fp32"
+        self._lock = threading.Lock()
+        core = ov.Core()
+        exported = folder / f"encoder-{digest[:16]}-openvino-{ov.__version__.split('-')[0]}" if folder else None
+        if exported is not None and (exported / "encoder.xml").is_file():
+            model = core.read_model(exported / "encoder.xml")
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # tracing warns that window sizes become constants, as they shall
+                model = ov.convert_model(encoder, example_input=torch.zeros(1, 3, SIDE, SIDE), input=[1, 3, SIDE, SIDE])
+            if exported is not None:
+                _publish(lambda to: ov.save_model(model, to / "encoder.xml", compress_to_fp16=False), exported)
+        config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        if threads:
+            config["INFERENCE_NUM_THREADS"] = str(threads)
+        self._request = core.compile_model(model, "CPU", config).create_infer_request()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the embedding 1, 256, 64, 64 in fp32; one call runs at a time."""
+        with self._lock:
+            return torch.from_numpy(self._request.infer([pixels.numpy()])[0].copy())
+
+
+def _publish(write: object, folder: Path) -> None:
+    """Write into a neighbour folder, then rename, so that no other process reads half a model."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+    try:
+        write(draft)  # type: ignore[operator]
+        os.replace(draft, folder)
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+        if not folder.is_dir():
+            log.warning("the compiled encoder could not be kept in %s; it is compiled anew at the next start", folder)
+
+
+def make_encoder(
+    encoder: ImageEncoder, *, digest: str, device: torch.device, choice: str, threads: int, compiled: Path | None
+) -> EncoderRuntime:
+    """Return the runtime that `choice` names: `fast`, `exact`, or `auto` (fast on a CPU where it works).
+
+    Raises:
+        ImportError, RuntimeError: `fast` was asked for and OpenVINO does not run here.
+    """
+    if device.type == "cuda" or choice == "exact":
+        return TorchEncoder(encoder, device)
+    try:
+        return OpenVinoEncoder(encoder, digest, threads, compiled)
+    except (ImportError, RuntimeError) as error:
+        if choice == "fast":
+            raise
+        log.warning("OpenVINO does not run here (%s); images are encoded by torch, about half as fast", error)
+        return TorchEncoder(encoder, device)

@@ -1,0 +1,185 @@
+"""The `light` family as a `Segmenter`: one encoder run per image, one decoder pass per click.
+
+Until granularity is learned, a level chooses among the decoder's three masks (tokens 1-3) by rank of area:
+levels 1-3 the smallest, 4-7 the middle, 8-10 the largest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from model.geometry import Fit, clip_box
+from model.light.encoder import EncoderRuntime, make_encoder
+from model.light.network import (
+    BOX_BOTTOM_RIGHT,
+    BOX_TOP_LEFT,
+    POINT_NEGATIVE,
+    POINT_PADDING,
+    POINT_POSITIVE,
+    SIDE,
+    LightNetwork,
+)
+from model.segmenter import Device, Encoded, EncoderChoice
+from model.types import Granularity, Prediction, Prompt, Proposal, Refusal, RGBImage
+
+_MEAN = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1)
+_STD = torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1)
+_SINGLE, _MULTI = 0, (1, 2, 3)  # mask tokens
+_RANK_LEVELS = (Granularity(2), Granularity(5), Granularity(10))  # where the three masks stand, small to large
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LightState:
+    """The decoder's answer to the clicks so far."""
+
+    logits: npt.NDArray[np.float32]  # 4, 256, 256
+    scores: tuple[float, ...]  # expected IoU of each, 0..1
+    by_area: tuple[int, ...]  # tokens 1-3, smallest mask first
+
+    def token(self, prompt: Prompt) -> int:
+        """Return the mask token that answers `prompt`."""
+        if prompt.granularity is not None:
+            return self.by_area[rank_of(prompt.granularity)]
+        if len(prompt.clicks) + 2 * (prompt.box is not None) > 1:
+            return _SINGLE  # several clicks, or a box, leave little doubt; the single mask is the better one then
+        return max(_MULTI, key=lambda token: self.scores[token])
+
+
+def rank_of(granularity: Granularity) -> int:
+    """Return which of three masks, smallest first, a level stands for.
+
+    >>> [rank_of(Granularity(level)) for level in range(1, 11)]
+    [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    """
+    return (granularity.level > 3) + (granularity.level > 7)
+
+
+class LightSegmenter:
+    """TinyViT + SAM decoder; see `model.segmenter.Segmenter` for what the methods mean."""
+
+    def __init__(self, network: LightNetwork, encoder: EncoderRuntime, *, digest: str, device: torch.device) -> None:
+        """Take a network in eval mode and the runtime of its encoder."""
+        self._network = network
+        self._encoder = encoder
+        self._digest = digest
+        self._device = device
+
+    @classmethod
+    def load(
+        cls,
+        weights: Path,
+        *,
+        device: Device = "auto",
+        encoder: EncoderChoice = "auto",
+        threads: int = 0,
+        compiled: Path | None = None,
+    ) -> Self:
+        """Load weights and prepare the encoder; arguments and errors as `model.segmenter.load_segmenter`."""
+        target = _pick_device(device)
+        try:
+            data = weights.read_bytes()
+            tensors = load(data)
+        except (OSError, SafetensorError) as error:
+            raise Refusal(f"weights {weights} cannot be read; restore the file ({error})") from error
+        network = LightNetwork()
+        try:
+            network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
+        except RuntimeError as error:
+            raise Refusal(f"weights {weights} are not of the light family: {error}") from error
+        network.eval().requires_grad_(False)
+        if threads:
+            torch.set_num_threads(threads)
+        digest = hashlib.sha256(data).hexdigest()
+        runtime = make_encoder(
+            network.image_encoder, digest=digest, device=target, choice=encoder, threads=threads, compiled=compiled
+        )
+        network.prompt_encoder.to(target)
+        network.mask_decoder.to(target)
+        return cls(network, runtime, digest=digest, device=target)
+
+    @property
+    def version(self) -> str:
+        """Family and digest of the base weights."""
+        return f"light-{self._digest[:8]}"
+
+    @property
+    def encoding(self) -> str:
+        """Weights and runtime of the encoder."""
+        return f"{self.version}-{self._encoder.name}"
+
+    def encode(self, image: RGBImage) -> Encoded:
+        """Return the embedding of `image`, fp16 wherever it is kept, so that a cached one answers alike."""
+        fit = Fit(image.shape[0], image.shape[1], SIDE)
+        resized = torch.from_numpy(fit.resize(image).copy()).permute(2, 0, 1).float()
+        pixels = torch.zeros(1, 3, SIDE, SIDE)
+        pixels[0, :, : resized.shape[1], : resized.shape[2]] = (resized - _MEAN) / _STD
+        return Encoded({"embedding": self._encoder(pixels).half().cpu()}, fit.height, fit.width)
+
+    def step(self, encoded: Encoded, prompt: Prompt, state: LightState | None) -> LightState:
+        """Return the decoder's answer to all clicks of `prompt`, the chosen mask of `state` as its previous mask."""
+        fit = Fit(encoded.height, encoded.width, SIDE)
+        xy, kinds = _points(prompt, fit)
+        previous = None
+        if state is not None:
+            before = len(prompt.clicks) - 1
+            shown = state.token(Prompt(clicks=prompt.clicks[:before], box=prompt.box, granularity=prompt.granularity))
+            previous = torch.from_numpy(state.logits[shown]).to(self._device)[None, None]
+        with torch.inference_mode():
+            embedding = encoded.tensors["embedding"].to(self._device).float()
+            logits, scores = self._network.decode(embedding, xy.to(self._device), kinds.to(self._device), previous)
+        values = logits[0].float().cpu().numpy()
+        height, width = (-(-size * values.shape[1] // SIDE) for size in fit.resized)
+        areas = [np.count_nonzero(values[token, :height, :width] > 0) for token in _MULTI]
+        return LightState(
+            values,
+            tuple(float(s) for s in scores[0].clamp(0, 1)),
+            tuple(_MULTI[i] for i in np.argsort(areas, kind="stable")),
+        )
+
+    def render(self, encoded: Encoded, prompt: Prompt, state: LightState, *, proposals: int = 1) -> Prediction:
+        """Return the chosen mask, or with no granularity and one click up to three, best first."""
+        fit = Fit(encoded.height, encoded.width, SIDE)
+        chosen = state.token(prompt)
+        tokens = {chosen: prompt.granularity}
+        if proposals > 1 and prompt.granularity is None and chosen != _SINGLE:
+            levels = dict(zip(state.by_area, _RANK_LEVELS, strict=True))
+            ranked = sorted(_MULTI, key=lambda token: -state.scores[token])
+            tokens = {token: levels[token] for token in ranked[:proposals]}
+        return Prediction(
+            proposals=tuple(
+                Proposal(
+                    mask=fit.paste_back(state.logits[token]) > 0, score=state.scores[token], granularity=granularity
+                )
+                for token, granularity in tokens.items()
+            )
+        )
+
+
+def _points(prompt: Prompt, fit: Fit) -> tuple[Tensor, Tensor]:
+    """Return what the prompt encoder reads: points 1, N, 2 of the square and their kinds 1, N."""
+    xy = [(click.x, click.y) for click in prompt.clicks]
+    kinds = [POINT_POSITIVE if click.positive else POINT_NEGATIVE for click in prompt.clicks]
+    if prompt.box is not None:
+        box = clip_box(prompt.box, fit.height, fit.width)
+        xy += [(box.left, box.top), (box.right, box.bottom)]
+        kinds += [BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]
+    points = fit.to_square(np.array(xy, dtype=np.float64))
+    if prompt.box is None:
+        points, kinds = np.vstack([points, np.zeros((1, 2), np.float32)]), [*kinds, POINT_PADDING]
+    return torch.from_numpy(points)[None], torch.tensor([kinds])
+
+
+def _pick_device(device: Device) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Refusal("GRACO_DEVICE=cuda, but torch sees no CUDA device; use auto or cpu, or install a driver")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
