@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     propose: int = Field(1, ge=1, le=3, description="proposals offered for one click when no granularity is chosen")
     default_granularity: float | None = Field(None, ge=0, le=1, description="granularity when the annotator gave none")
     prelabel: bool = Field(False, description="answer batch predictions with whole-image proposals instead of nothing")
-    prelabel_limit_s: float = Field(60, gt=0, description="time one batch prediction may take; Label Studio waits 100 s")
+    prelabel_limit_s: float = Field(60, gt=0, description="time for one batch prediction; Label Studio waits 100 s")
 
     redis_url: str | None = Field(None, description="Redis to use; none: a bundled server under the data directory")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="how much is logged")

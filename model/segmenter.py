@@ -7,6 +7,7 @@ answer depends on image, prompt and weights alone; a memo of earlier states only
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,3 +125,29 @@ def load_segmenter(
 
         return LightSegmenter.load(weights, device=device, encoder=encoder, threads=threads, compiled=compiled)
     raise Refusal(f"model family {family!r} is unknown; this version has: light")
+
+
+def version_of(family: str, weights: Path) -> str:
+    """Return the version that the loaded segmenter will have, without loading it.
+
+    Raises:
+        Refusal: the file cannot be read.
+    """
+    return f"{family}-{digest_of(read_weights(weights))[:8]}"
+
+
+def read_weights(weights: Path) -> bytes:
+    """Return the bytes of a weights file.
+
+    Raises:
+        Refusal: it cannot be read.
+    """
+    try:
+        return weights.read_bytes()
+    except OSError as error:
+        raise Refusal(f"weights {weights} cannot be read ({error}); restore the file from the repository") from error
+
+
+def digest_of(data: bytes) -> str:
+    """Return the SHA-256 of `data` in hex: how base weights are known."""
+    return hashlib.sha256(data).hexdigest()

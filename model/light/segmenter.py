@@ -6,7 +6,7 @@ levels 1-3 the smallest, 4-7 the middle, 8-10 the largest.
 
 from __future__ import annotations
 
-import hashlib
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -29,7 +29,7 @@ from model.light.network import (
     SIDE,
     LightNetwork,
 )
-from model.segmenter import Device, Encoded, EncoderChoice
+from model.segmenter import Device, Encoded, EncoderChoice, digest_of, read_weights
 from model.types import Granularity, Prediction, Prompt, Proposal, Refusal, RGBImage
 
 _MEAN = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1)
@@ -73,6 +73,7 @@ class LightSegmenter:
         self._encoder = encoder
         self._digest = digest
         self._device = device
+        self._decoding = threading.Lock()  # passes side by side on the same cores take longer each and gain nothing
 
     @classmethod
     def load(
@@ -86,11 +87,11 @@ class LightSegmenter:
     ) -> Self:
         """Load weights and prepare the encoder; arguments and errors as `model.segmenter.load_segmenter`."""
         target = _pick_device(device)
+        data = read_weights(weights)
         try:
-            data = weights.read_bytes()
             tensors = load(data)
-        except (OSError, SafetensorError) as error:
-            raise Refusal(f"weights {weights} cannot be read; restore the file ({error})") from error
+        except SafetensorError as error:
+            raise Refusal(f"weights {weights} are damaged ({error}); restore the file from the repository") from error
         network = LightNetwork()
         try:
             network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
@@ -99,7 +100,7 @@ class LightSegmenter:
         network.eval().requires_grad_(False)
         if threads:
             torch.set_num_threads(threads)
-        digest = hashlib.sha256(data).hexdigest()
+        digest = digest_of(data)
         runtime = make_encoder(
             network.image_encoder, digest=digest, device=target, choice=encoder, threads=threads, compiled=compiled
         )
@@ -134,7 +135,7 @@ class LightSegmenter:
             before = len(prompt.clicks) - 1
             shown = state.token(Prompt(clicks=prompt.clicks[:before], box=prompt.box, granularity=prompt.granularity))
             previous = torch.from_numpy(state.logits[shown]).to(self._device)[None, None]
-        with torch.inference_mode():
+        with self._decoding, torch.inference_mode():
             embedding = encoded.tensors["embedding"].to(self._device).float()
             logits, scores = self._network.decode(embedding, xy.to(self._device), kinds.to(self._device), previous)
         values = logits[0].float().cpu().numpy()

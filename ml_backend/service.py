@@ -1,0 +1,290 @@
+"""One model, its caches and its threads: from an image and a prompt to a prediction.
+
+What is answered depends on image, prompt and weights alone; every cache here only makes it sooner. Nothing of one
+request is kept where another could see it: states and answers are stored under the image's digest and the full prompt.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from ml_backend import metrics
+from ml_backend.answers import AnswerStore
+from ml_backend.embeddings import EmbeddingCache
+from ml_backend.fetch import Fetcher
+from ml_backend.images import ImageInfo, ImageSource
+from ml_backend.settings import Settings
+from model.proposals import whole_image
+from model.segmenter import Encoded, Segmenter, State, load_segmenter, predict, version_of
+from model.types import Prediction, Prompt, Proposal, Refusal
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "model" / "weights" / "light.safetensors"
+FAMILY = "light"
+_STATES = 48  # earlier steps kept, 1 MiB each
+_WARM_QUEUE = 64  # images waiting to be encoded in the background
+_LOAD_LIMIT_S = 90  # Label Studio gives up a prediction after 100 s
+
+V = TypeVar("V")
+
+
+class BoundedCache(Generic[V]):
+    """A thread-safe map that forgets what was used longest ago once the weights of its values exceed a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._lock = threading.Lock()
+        self._values: OrderedDict[Any, tuple[V, int]] = OrderedDict()
+
+    def get(self, key: object) -> V | None:
+        """Return the value, or None."""
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key][0]
+
+    def put(self, key: object, value: V, weight: int = 1) -> None:
+        """Keep `value`, making room for it; one heavier than the whole limit is not kept."""
+        with self._lock:
+            if key in self._values:
+                self._held -= self._values.pop(key)[1]
+            if weight > self._limit:
+                return
+            self._values[key] = (value, weight)
+            self._held += weight
+            while self._held > self._limit:
+                self._held -= self._values.popitem(last=False)[1][1]
+
+
+class _Memo(MutableMapping[Prompt, State]):
+    """The states of one image, seen through the cache that all images share."""
+
+    def __init__(self, states: BoundedCache[State], image_id: str) -> None:
+        self._states = states
+        self._image_id = image_id
+        self._mine: dict[Prompt, State] = {}  # what this request has made or found, whatever the cache forgets
+
+    def __contains__(self, prompt: object) -> bool:
+        if prompt not in self._mine:
+            state = self._states.get((self._image_id, prompt))
+            if state is None:
+                return False
+            self._mine[prompt] = state  # type: ignore[index]
+        return True
+
+    def __getitem__(self, prompt: Prompt) -> State:
+        if prompt not in self:
+            raise KeyError(prompt)
+        return self._mine[prompt]
+
+    def __setitem__(self, prompt: Prompt, state: State) -> None:
+        self._mine[prompt] = state
+        self._states.put((self._image_id, prompt), state)
+
+    def __delitem__(self, prompt: Prompt) -> None:
+        raise TypeError("states are forgotten by the cache alone")
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self._mine)
+
+    def __len__(self) -> int:
+        return len(self._mine)
+
+
+@contextmanager
+def timed(step: str) -> Iterator[None]:
+    """Count the seconds of one step of a prediction."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        metrics.STEP.labels(step).observe(time.perf_counter() - start)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskImage:
+    """Where a task's image is: the task (for storages that Label Studio resolves) and the address in its data."""
+
+    task_id: int | None
+    uri: str
+
+
+class Service:
+    """The model and all that is kept between requests; made once per process, used from many threads."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Prepare everything but the model; `start` loads it in the background."""
+        self.settings = settings
+        self.model_version = version_of(FAMILY, WEIGHTS)
+        token = settings.label_studio_api_key
+        self.images = ImageSource(
+            Fetcher(
+                settings.label_studio_url,
+                token.get_secret_value() if token else None,
+                max_bytes=settings.image_max_mb * 2**20,
+                timeout_s=settings.image_timeout_s,
+                allow_hosts=settings.allow_hosts,
+            ),
+            max_pixels=settings.image_max_megapixels * 10**6,
+            ttl_s=settings.image_ttl_s,
+        )
+        self.answers = AnswerStore(settings.data_dir / "answers.sqlite", limit=settings.remembered_answers)
+        self.shapes: BoundedCache[Any] = BoundedCache(64 * 2**20)  # answers ready to send, by approximate bytes
+        self._states: BoundedCache[State] = BoundedCache(_STATES)
+        self._segmenter: Segmenter | None = None
+        self._cache: EmbeddingCache | None = None
+        self._loaded = threading.Event()
+        self._failure: Exception | None = None
+        self._starting = threading.Lock()
+        self._loader: threading.Thread | None = None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="warm")
+        self._waiting: set[TaskImage] = set()
+        self._waiting_lock = threading.Lock()
+
+    def start(self) -> None:
+        """Begin to load the model in a thread of its own; a second call does nothing."""
+        with self._starting:
+            if self._loader is None:
+                self._loader = threading.Thread(target=self._load, name="load-model", daemon=True)
+                self._loader.start()
+
+    def close(self) -> None:
+        """Stop background work and close files."""
+        self._background.shutdown(wait=True, cancel_futures=True)
+        if self._loader is not None:
+            self._loader.join()
+        self.images.close()
+        self.answers.close()
+
+    @property
+    def ready(self) -> bool:
+        """Whether images can be encoded now."""
+        return self._segmenter is not None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the model could not be loaded, if it could not."""
+        return str(self._failure) if self._failure else None
+
+    def _load(self) -> None:
+        settings = self.settings
+        start = time.perf_counter()
+        try:
+            segmenter = load_segmenter(
+                FAMILY,
+                WEIGHTS,
+                device=settings.device,
+                encoder=settings.encoder,
+                threads=settings.compute_threads,
+                compiled=settings.data_dir / "compiled",
+            )
+            self._cache = EmbeddingCache(
+                settings.data_dir / "embeddings" / segmenter.encoding,
+                memory_bytes=settings.embedding_memory_mb * 2**20,
+                disk_bytes=settings.embedding_disk_mb * 2**20,
+            )
+            self._segmenter = segmenter
+            metrics.READY.set(1)
+            log.info("model %s is loaded after %.1f s", segmenter.encoding, time.perf_counter() - start)
+        except Exception as error:
+            self._failure = error
+            log.exception("the model could not be loaded; every prediction will be refused until this is mended")
+        finally:
+            self._loaded.set()
+
+    def _model(self) -> tuple[Segmenter, EmbeddingCache]:
+        self.start()
+        if not self._loaded.wait(_LOAD_LIMIT_S):
+            raise Refusal("the model is still being loaded; try again in a minute")
+        if self._segmenter is None or self._cache is None:
+            raise Refusal(f"the model could not be loaded: {self._failure}")
+        return self._segmenter, self._cache
+
+    def identify(self, image: TaskImage) -> ImageInfo:
+        """Return id and size of a task's image, fetching it only when it is not known.
+
+        Raises:
+            Refusal: it cannot be had or read.
+        """
+        info = self.images.identify(image.task_id, image.uri)
+        if info is None:
+            _, info = self._encoded(image, None)
+        return info
+
+    def _encoded(self, image: TaskImage, info: ImageInfo | None) -> tuple[Encoded, ImageInfo]:
+        segmenter, cache = self._model()
+        if info is not None:
+            encoded = cache.get(info.id)
+            if encoded is not None:
+                return encoded, info
+        with timed("fetch"):
+            loaded = self.images.load(image.task_id, image.uri)
+
+        def encode() -> Encoded:
+            with timed("encode"):
+                return segmenter.encode(loaded.pixels)
+
+        return cache.get_or_encode(loaded.id, encode), ImageInfo(loaded.id, loaded.width, loaded.height)
+
+    def answer(self, image: TaskImage, info: ImageInfo, prompt: Prompt, *, proposals: int = 1) -> Prediction:
+        """Return the prediction for `prompt` on `image`, encoding the image if no cache has it.
+
+        Raises:
+            Refusal: the prompt names nothing, or the image cannot be had.
+        """
+        segmenter, _ = self._model()
+        encoded, _ = self._encoded(image, info)
+        with timed("decode"):
+            return predict(segmenter, encoded, prompt, memo=_Memo(self._states, info.id), proposals=proposals)
+
+    def propose(self, image: TaskImage, *, deadline_s: float) -> tuple[tuple[Proposal, ...], ImageInfo]:
+        """Return whole-image proposals with scores, best first, stopping at `deadline_s` (of time.monotonic)."""
+        segmenter, _ = self._model()
+        encoded, info = self._encoded(image, self.images.identify(image.task_id, image.uri))
+        with timed("decode"):
+            found = whole_image(segmenter, encoded, until=lambda: time.monotonic() > deadline_s)
+        return found, info
+
+    def warm(self, image: TaskImage) -> bool:
+        """Encode an image in the background so that the first click finds it; False if too many wait already."""
+        with self._waiting_lock:
+            if image in self._waiting:
+                return True
+            if len(self._waiting) >= _WARM_QUEUE:
+                return False
+            self._waiting.add(image)
+        self._background.submit(self._warm, image)
+        return True
+
+    def _warm(self, image: TaskImage) -> None:
+        try:
+            self._encoded(image, self.images.identify(image.task_id, image.uri))
+        except Refusal as refusal:
+            log.warning("task %s was not encoded ahead: %s", image.task_id, refusal)
+        except Exception:
+            log.exception("task %s was not encoded ahead", image.task_id)
+        finally:
+            with self._waiting_lock:
+                self._waiting.discard(image)
+
+    def once(self, key: object, make: Callable[[], V], weigh: Callable[[V], int]) -> V:
+        """Return what `make` gave for `key` before, or make it now and keep it."""
+        value = self.shapes.get(key)
+        if value is not None:
+            metrics.REPEATED.inc()
+            return value  # type: ignore[no-any-return]
+        made = make()
+        self.shapes.put(key, made, weigh(made))
+        return made
