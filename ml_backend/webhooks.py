@@ -1,0 +1,89 @@
+"""What Label Studio reports: tasks imported, annotations submitted, settings changed, training wanted.
+
+Label Studio waits one second and does not retry, so everything here is quick. Submitted regions are compared with
+the remembered answers and counted; learning from them is the [learning] work.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import redis
+
+from ml_backend import metrics
+from ml_backend.jobs import connect, enqueue_encoding
+from ml_backend.label_config import read_config
+from ml_backend.label_studio import read_batch, read_submitted
+from ml_backend.service import Service, TaskImage
+from model.types import Refusal
+
+log = logging.getLogger(__name__)
+
+
+def handle_event(service: Service, event: dict[str, Any]) -> dict[str, Any]:
+    """Act on one event and return the answer; an action we do not know is acknowledged.
+
+    Raises:
+        Refusal: the event has no action.
+    """
+    action = event.get("action")
+    if not isinstance(action, str):
+        raise Refusal("the event has no 'action'; is this request from Label Studio's webhooks?")
+    if action == "TASKS_CREATED":
+        queued = _encode_tasks(service, event)
+        return {"status": "ok", "queued": queued}
+    if action in ("ANNOTATION_CREATED", "ANNOTATION_UPDATED"):
+        _count_regions(service, event.get("annotation"))
+    elif action == "ANNOTATIONS_CREATED":
+        annotations = event.get("annotation")
+        for annotation in annotations if isinstance(annotations, list) else ():
+            _count_regions(service, annotation)
+    elif action == "START_TRAINING":
+        log.warning("training was asked for, but this version does not train yet; nothing was started")
+        return {"status": "ok", "message": "this version does not train yet; nothing was started"}
+    return {"status": "ok"}
+
+
+def _encode_tasks(service: Service, event: dict[str, Any]) -> int:
+    project, tasks = event.get("project"), event.get("tasks")
+    text = project.get("label_config") if isinstance(project, dict) else None
+    if not isinstance(text, str) or not isinstance(tasks, list):
+        return 0
+    try:
+        config = read_config(text)
+        images = [
+            TaskImage(task.get("id"), uri)
+            for task in tasks
+            if isinstance(task, dict)
+            for _, uri in read_batch(config, task)
+        ]
+    except Refusal as refusal:
+        log.warning("imported tasks are not encoded ahead: %s", refusal)
+        return 0
+    return encode_later(service, images)
+
+
+def encode_later(service: Service, images: list[TaskImage]) -> int:
+    """Have images encoded by the worker, or by this process where no Redis answers. Returns how many are queued."""
+    if service.settings.redis_url is not None:
+        try:
+            enqueue_encoding(connect(service.settings.redis_url), images)
+            return len(images)
+        except redis.RedisError as error:
+            log.warning(
+                "Redis does not answer (%s): images are encoded by this process, as many as it can queue", error
+            )
+    return sum(service.warm(image) for image in images)
+
+
+def _count_regions(service: Service, annotation: object) -> None:
+    if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
+        return
+    kinds = [service.answers.judge(region_id, digest) for region_id, digest in read_submitted(annotation)]
+    for kind in kinds:
+        metrics.REGIONS.labels(kind).inc()
+    if kinds:
+        log.info(
+            "annotation %s: %s", annotation.get("id"), ", ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds)))
+        )
