@@ -1,0 +1,51 @@
+"""What tests of all rooms share: the shared folder, the bundled model, a photo."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from model.segmenter import Segmenter, load_segmenter
+from model.types import RGBImage
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / "model" / "weights" / "light.safetensors"
+
+
+def missing(what: str) -> None:
+    """Skip with the reason; in CI, where everything must be there, fail with it."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    folder = ROOT.parent / "shared"
+    if not (folder / "weights").is_dir():
+        missing(f"{folder} is not there: it holds recorded numbers and photos that this test compares with")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Segmenter:
+    """The bundled model as torch runs it, the reference."""
+    return load_segmenter("light", WEIGHTS, device="cpu", encoder="exact")
+
+
+@pytest.fixture(scope="session")
+def scene() -> RGBImage:
+    """A drawn photo, 640 x 480: a red disc on a shaded lawn, a blue door with a handle."""
+    y, x = np.mgrid[:480, :640]
+    lawn = np.stack([90 + x * 0.03, 140 + y * 0.05, 80 + x * 0.02], axis=-1)
+    noise = np.random.default_rng(7).normal(0, 6, (480, 640, 1))
+    image = Image.fromarray(np.clip(lawn + noise, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((100, 120, 300, 320), fill=(190, 40, 30))
+    draw.rectangle((420, 100, 560, 400), fill=(30, 60, 160))
+    draw.ellipse((530, 240, 550, 260), fill=(220, 200, 60))
+    return np.asarray(image)

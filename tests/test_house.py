@@ -1,0 +1,81 @@
+"""The house: imports go one way, only settings read the environment, docs name every command and setting."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ml_backend.settings import Settings
+from tests.conftest import ROOT
+
+ROOMS = {"model": set(), "active_learning": {"model"}, "ml_backend": {"model", "active_learning"}}
+MODEL_MAY_IMPORT = {"numpy", "torch", "timm", "peft", "PIL", "cv2", "openvino", "safetensors"}  # docs/adr/0004
+FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_room_imports_upwards(path):
+    room = path.relative_to(ROOT).parts[0]
+    assert imports_of(path) & ROOMS.keys() <= ROOMS[room] | {room}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "model" in p.relative_to(ROOT).parts[0:1]], ids=lambda p: p.name)
+def test_the_model_room_imports_nothing_of_the_outside_world(path):
+    assert imports_of(path) - sys.stdlib_module_names - {"model"} <= MODEL_MAY_IMPORT
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_settings_and_the_supervisor_see_the_environment(path):
+    if path.name not in ("settings.py", "supervisor.py"):  # the supervisor hands it on to its children
+        assert not re.search(r"\benviron\b|getenv", path.read_text())
+
+
+def test_importing_the_app_loads_neither_torch_nor_starts_anything():
+    code = "import sys, ml_backend.settings, ml_backend.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_every_setting_is_documented():
+    text = (ROOT / "docs" / "settings.md").read_text()
+    for name, field in Settings.model_fields.items():
+        variable = name.upper() if name.startswith("label_studio") else f"GRACO_{name.upper()}"
+        assert f"`{variable}`" in text, f"docs/settings.md does not name {variable}"
+        assert field.description
+
+
+def test_every_command_has_help_and_is_in_the_readme():
+    from typer.main import get_command
+
+    from ml_backend.__main__ import app
+
+    readme = (ROOT / "README.md").read_text()
+    for name, command in get_command(app).commands.items():
+        assert command.help, name
+        assert f"python -m ml_backend {name}" in readme, name
+
+
+def test_no_file_names_a_package_registry():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    hosts = re.compile(
+        "|".join(("py" + r"pi\.org", "python" + r"hosted\.org", "registry" + r"\.npmjs", "deb" + r"\.debian"))
+    )
+    for name in listed:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".yml", ".sh", "") and path.is_file():
+            assert not hosts.search(path.read_text(errors="replace")), name
