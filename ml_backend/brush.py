@@ -32,7 +32,7 @@ _LONGEST_TOKEN = 3 + 16 + _WORD_BITS  # bits of one token with one value, whatev
 _MOST_VALUES = (1 << 32) - 1  # the header counts values in 32 bits
 
 # One run of n pixels is 4n equal values. For n up to 64 the token depends on n alone, so it is looked up; entry 65
-# stands for every longer run. A token is its prefix (flag and size name, shifted to their place) + (4n - 1) + value.
+# stands for every longer run. A token is its prefix (flag and size name, shifted to place) + (4n - 1 << 8) + value.
 _CLASS = np.array([next((i for i in range(3) if 4 * n <= 1 << _RUN_BITS[i]), 3) for n in range(66)])
 _TOKEN_BITS = np.array([3 + size + _WORD_BITS for size in _RUN_BITS])[_CLASS]
 _TOKEN_PREFIX = np.array([(4 + i) << (size + _WORD_BITS) for i, size in enumerate(_RUN_BITS)])[_CLASS]
