@@ -1,0 +1,731 @@
+"""Label Studio's JSON to our types and back; pure, and the only place where percent exists.
+
+A request's `context.result` lists, for every click still pending, one result per tag that sits on it: results with one
+`id` are one click, the order of ids is the order of clicks, and the last one is the newest. Answers are results too:
+the mask first, then what else belongs to the same region under the same id.
+
+Source: requests recorded from Label Studio 1.23.2 (tests/golden/label_studio) and its editor
+(stores/Annotation/Annotation.js, regions/*.jsx).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import cos, isfinite, nextafter, radians, sin
+from typing import Any, Literal
+
+import numpy as np
+
+from ml_backend import brush, outlines
+from ml_backend.label_config import (
+    OUTPUT_KINDS,
+    ImageTag,
+    LabelConfig,
+    LevelTag,
+    OutputKind,
+    OutputTag,
+    PromptKind,
+)
+from model.types import Box, Click, Granularity, Mask, Prediction, Prompt, Refusal
+
+Json = dict[str, Any]
+LevelSource = Literal["number", "label", "attribute", "draft", "default"]
+
+MAX_SIDE = 100_000
+"""Largest width and height of an image taken for one, in pixels."""
+PERCENT_TOLERANCE = 0.5
+"""How far a click may lie outside the image, in percent of its side, and still be moved onto its border."""
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 60
+_brief.maxlist = _brief.maxdict = 4
+_brief.maxlevel = 2
+_DECIMALS = 4  # of percent: a tenth of a pixel in an image of MAX_SIDE
+_SHAPES = {f"{kind}{suffix}" for kind in OUTPUT_KINDS for suffix in ("", "labels")}
+_OTHER_REGIONS = ("brush", "bitmask", "polygon", "ellipse", "vector")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What one request asks for, and all that its answer has to name."""
+
+    prompt: Prompt  # pixels of an image of width x height
+    width: int  # pixels, of the original image
+    height: int
+    to_name: str  # the image tag
+    uri: str  # the image, as the task's data name it
+    task_id: int | None = None
+    item_index: int | None = None  # page of a value list
+    class_label: str | None = None
+    click_ids: tuple[str, ...] = ()  # clicks in order, then the box
+    prompt_type: PromptKind | None = None  # of the newest; None: a whole image, nothing was clicked
+    level: float | None = None  # granularity exactly as given, 0..1
+    level_source: LevelSource | None = None
+    level_label: str | None = None  # the label that gave it
+
+    @property
+    def phrase(self) -> str | None:
+        """What was typed beside the clicks."""
+        return self.prompt.phrase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchAsk:
+    """One image of a task that nobody clicked in. Unpacks as `to_name, uri`."""
+
+    to_name: str
+    uri: str
+    task_id: int | None = None
+    item_index: int | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.to_name, self.uri))
+
+    def sized(self, width: int, height: int) -> Ask:
+        """Return it as an ask with an empty prompt, to write regions for."""
+        return Ask(
+            prompt=Prompt(),
+            width=width,
+            height=height,
+            to_name=self.to_name,
+            uri=self.uri,
+            task_id=self.task_id,
+            item_index=self.item_index,
+        )
+
+
+# --- reading ---
+
+
+def read_ask(
+    config: LabelConfig, task: Json, context: Json | None, *, default_granularity: Granularity | None
+) -> Ask | None:
+    """Return what was asked for, or None when nothing was clicked.
+
+    Clicks count when they lie on the image (and page) of the newest one. Granularity: the newest click's per-region
+    number, else its level label, else those of older clicks, newest first, else the `graco` attribute of a click's
+    label, else the per-task number of the newest draft, else `default_granularity`.
+
+    Raises:
+        Refusal: the request cannot be understood, names what the configuration or the task lacks, or holds too much.
+    """
+    by_hand = {tag.name for tag in config.outputs} - {tag.name for tag in config.prompts}
+    pending = [group for group in _groups(context) if group.kind is not None and _from(group.anchor) not in by_hand]
+    if not pending:
+        return None
+    newest = pending[-1]
+    image = config.image(newest.to_name)
+    if image is None:
+        raise Refusal(
+            f"a click lies on {_shown(newest.to_name)}, but the labelling configuration has no <Image> of that name "
+            f"(it has {', '.join(repr(tag.name) for tag in config.images)}); reload the page in Label Studio"
+        )
+    groups = [g for g in pending if (g.to_name, g.item_index) == (newest.to_name, newest.item_index)]
+    width, height = _size(newest)
+    clicks = [group for group in groups if group.kind == "keypoint"]
+    boxes = [group for group in groups if group.kind == "rectangle"][-1:]
+    level = _level(config, groups, task, default_granularity)
+    return Ask(
+        prompt=Prompt(
+            clicks=tuple(_click(group, width, height) for group in clicks),
+            box=_box(boxes[0], width, height) if boxes else None,
+            granularity=None if level.value is None else Granularity.from_value(level.value),
+            phrase=_phrase(config, groups),
+        ),
+        width=width,
+        height=height,
+        to_name=newest.to_name,
+        uri=_uri(image, task, newest.item_index),
+        task_id=_task_id(task),
+        item_index=newest.item_index,
+        class_label=_class_label(config, groups),
+        click_ids=tuple(group.id for group in (*clicks, *boxes)),
+        prompt_type=newest.kind,
+        level=level.value,
+        level_source=level.source,
+        level_label=level.label,
+    )
+
+
+def read_batch(config: LabelConfig, task: Json) -> tuple[BatchAsk, ...]:
+    """Return the images of a task in the order of their tags, every page of a value list.
+
+    Raises:
+        Refusal: the task's data hold none of them.
+    """
+    found: list[BatchAsk] = []
+    refused: Refusal | None = None
+    for image in config.images:
+        try:
+            uris = _uris(image, task)
+        except Refusal as refusal:
+            refused = refused or refusal
+            continue
+        for index, uri in enumerate(uris):
+            item_index = index if image.is_list else None
+            found.append(BatchAsk(to_name=image.name, uri=uri, task_id=_task_id(task), item_index=item_index))
+    if not found and refused is not None:
+        raise refused
+    return tuple(found)
+
+
+def read_submitted(annotation: Json) -> list[tuple[str, str]]:
+    """Return id and shape digest of every mask-like region of a submitted annotation; what is none is skipped."""
+    results = annotation.get("result")
+    found: dict[str, str] = {}
+    for item in results if isinstance(results, list) else ():
+        if not isinstance(item, dict) or _type(item) not in _SHAPES:
+            continue
+        region, value = item.get("id"), item.get("value")
+        if isinstance(region, str) and isinstance(value, dict):
+            found.setdefault(region, shape_digest(value))
+    return list(found.items())
+
+
+def shape_digest(value: Mapping[str, Any]) -> str:
+    """Return a digest of a value's shape, whatever its labels: equal for what we wrote and what came back unchanged.
+
+    >>> shape_digest({"rle": [0, 1], "brushlabels": ["Car"]}) == shape_digest({"rle": [0, 1], "labels": ["0.5"]})
+    True
+    """
+    if isinstance(value.get("rle"), list):
+        try:
+            return hashlib.blake2b(bytes(value["rle"]), digest_size=16).hexdigest()
+        except (TypeError, ValueError):  # not bytes as integers: no answer of ours, so any digest will do
+            shape: object = value["rle"]
+    elif "imageDataURL" in value:
+        shape = value["imageDataURL"]
+    elif "points" in value:
+        shape = _rounded(value["points"])
+    else:
+        shape = [_rounded(value.get(key, 0)) for key in ("x", "y", "width", "height", "rotation")]
+    return hashlib.blake2b(json.dumps(shape, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return round(value, _DECIMALS) + 0.0 if isinstance(value, int | float) and abs(value) < 1e9 else value
+
+
+@dataclass(slots=True)
+class _Group:
+    """All results of one id."""
+
+    id: str
+    items: list[Json] = field(default_factory=list)
+    kind: PromptKind | None = None  # what was drawn; None: nothing that asks
+    anchor: Json = field(default_factory=dict)  # the result whose value has its position
+
+    @property
+    def to_name(self) -> str:
+        return str(self.anchor.get("to_name", ""))
+
+    @property
+    def item_index(self) -> int | None:
+        index = self.anchor.get("item_index")
+        if index is None:
+            return None
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            raise Refusal(
+                f"region {_shown(self.id)} has the item_index {_shown(index)}; expected a whole number from 0 on"
+            )
+        return index
+
+    def get(self, key: str) -> object:
+        """The key's value in the first result that has it."""
+        return next((item[key] for item in self.items if item.get(key) is not None), None)
+
+
+def _groups(context: Json | None) -> list[_Group]:
+    if context is None:
+        return []
+    if not isinstance(context, dict):
+        raise Refusal(f"context is {_shown(context)}; expected an object with a list named result")
+    results = context.get("result")
+    if results is None:
+        return []
+    if not isinstance(results, list):
+        raise Refusal(f"context.result is {_shown(results)}; expected a list of regions")
+    groups: dict[str, _Group] = {}
+    for item in results:
+        if not isinstance(item, dict):
+            raise Refusal(f"context.result holds {_shown(item)}; expected regions, each an object")
+        region = item.get("id")
+        if region is None:
+            if _drawn_as(item) is not None:
+                raise Refusal("a click in context.result has no id, so what belongs to it cannot be known; send its id")
+            continue
+        groups.setdefault(str(region), _Group(str(region))).items.append(item)
+    for group in groups.values():
+        _find_anchor(group)
+    return list(groups.values())
+
+
+def _find_anchor(group: _Group) -> None:
+    """Find out what was drawn, from the result of the drawing tool, or from any other where that was taken off."""
+    own = [item for item in group.items if _type(item).removesuffix("labels") in ("keypoint", "rectangle")]
+    if not own and any(_type(item).removesuffix("labels") in _OTHER_REGIONS for item in group.items):
+        return
+    for item in own or group.items:
+        kind = _drawn_as(item)
+        if kind is not None:
+            group.kind, group.anchor = kind, item
+            return
+
+
+def _drawn_as(item: Json) -> PromptKind | None:
+    value, kind = item.get("value"), _type(item).removesuffix("labels")
+    if kind in ("keypoint", "rectangle") and not isinstance(value, dict):
+        raise Refusal(f"region {_shown(item.get('id'))} has the value {_shown(value)}; expected an object with x and y")
+    if not isinstance(value, dict) or kind in _OTHER_REGIONS or not ("x" in value or "y" in value):
+        return None  # also the keypointlabels of an accepted mask, which have an rle instead
+    if kind == "keypoint":
+        return "keypoint"
+    if kind == "rectangle" or ("width" in value and "height" in value):
+        return "rectangle"
+    return None if "radiusX" in value else "keypoint"
+
+
+def _type(item: Json) -> str:
+    kind = item.get("type")
+    return kind if isinstance(kind, str) else ""
+
+
+def _from(item: Json) -> str:
+    name = item.get("from_name")
+    return name if isinstance(name, str) else ""
+
+
+def _value(item: Json) -> Json:
+    value = item.get("value")
+    return value if isinstance(value, dict) else {}
+
+
+def _shown(value: object) -> str:
+    return _brief.repr(value)
+
+
+def _number(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Refusal(f"{what} is {_shown(value)}; expected a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = float("inf")
+    if not isfinite(number):
+        raise Refusal(f"{what} is {_shown(value)}; expected a finite number")
+    return number
+
+
+def _size(group: _Group) -> tuple[int, int]:
+    sides = []
+    for name in ("original_width", "original_height"):
+        given = group.get(name)
+        if given is None:
+            raise Refusal(f"region {_shown(group.id)} does not say {name}; send it, as Label Studio's editor does")
+        side = _number(given, name)
+        if not 1 <= side <= MAX_SIDE or side != int(side):
+            raise Refusal(f"{name} is {_shown(given)}; expected whole pixels from 1 to {MAX_SIDE}")
+        sides.append(int(side))
+    rotation = _number(group.get("image_rotation") or 0, "image_rotation")
+    if rotation % 360:
+        raise Refusal(
+            f"the image is shown rotated by {rotation:g} degrees, and clicks in rotated images are not supported; "
+            "rotate it back"
+        )
+    return sides[0], sides[1]
+
+
+def _click(group: _Group, width: int, height: int) -> Click:
+    positive = group.get("is_positive")
+    if positive is None:
+        raise Refusal(
+            f'click {_shown(group.id)} does not say is_positive; set smart="true" and smartOnly="true" on the '
+            "KeyPointLabels tag, so that the editor sends it"
+        )
+    if not isinstance(positive, bool):
+        raise Refusal(f"is_positive of click {_shown(group.id)} is {_shown(positive)}; expected true or false")
+    value = _value(group.anchor)
+    return Click(
+        x=_pixels(value.get("x"), width, f"x of click {_shown(group.id)}"),
+        y=_pixels(value.get("y"), height, f"y of click {_shown(group.id)}"),
+        positive=positive,
+    )
+
+
+def _pixels(percent: object, side: int, what: str) -> float:
+    """Return a position in pixels, within [0, side)."""
+    number = _number(percent, what)
+    if not -PERCENT_TOLERANCE <= number <= 100 + PERCENT_TOLERANCE:
+        raise Refusal(f"{what} is {number:g} percent, outside the image; expected 0 to 100")
+    return min(max(0.0, number / 100 * side), nextafter(side, 0))
+
+
+def _box(group: _Group, width: int, height: int) -> Box:
+    """Return the axis-parallel rectangle around a box, which is turned about its first corner, cut to the image."""
+    value, what = _value(group.anchor), f"of box {_shown(group.id)}"
+    x, y = (_number(value.get(key), f"{key} {what}") for key in ("x", "y"))
+    w, h = (_number(value.get(key), f"{key} {what}") for key in ("width", "height"))
+    turn = radians(_number(value.get("rotation") or 0, f"rotation {what}"))
+    if not turn:  # a turned box may have its first corner outside
+        _pixels(x, width, f"x {what}")
+        _pixels(y, height, f"y {what}")
+    left, top = x / 100 * width, y / 100 * height
+    across, down = w / 100 * width, h / 100 * height
+    corners = [(0.0, 0.0), (across, 0.0), (across, down), (0.0, down)]
+    if turn:
+        corners = [(dx * cos(turn) - dy * sin(turn), dx * sin(turn) + dy * cos(turn)) for dx, dy in corners]
+    xs = [min(max(0.0, left + dx), float(width)) for dx, _ in corners]
+    ys = [min(max(0.0, top + dy), float(height)) for _, dy in corners]
+    return Box(left=min(xs), top=min(ys), right=max(xs), bottom=max(ys))
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    value: float | None
+    source: LevelSource | None
+    label: str | None = None
+
+
+def _level(config: LabelConfig, groups: Sequence[_Group], task: Json, default: Granularity | None) -> _Level:
+    regions = {tag.name: tag.scale for tag in config.numbers if tag.per_region}
+    levels = {tag.name: tag for tag in config.levels}
+    for group in reversed(groups):
+        numbers = [number for item in group.items if (number := _tag_number(item, regions)) is not None]
+        if numbers:
+            return _Level(numbers[-1], "number")
+        for item in reversed(group.items):
+            tag = levels.get(_from(item))
+            for label in reversed(_labels(item)) if tag else ():
+                value = tag.granularity(label) if tag else None
+                if value is not None:
+                    return _Level(value, "label", label)
+    attributes = _attributes(config)
+    for group in reversed(groups):
+        for item in reversed(group.items):
+            for label in reversed(_labels(item)):
+                value = attributes.get((_from(item), label))
+                if value is not None:
+                    return _Level(value, "attribute")
+    drafted = _draft_number(config, task)
+    if drafted is not None:
+        return _Level(drafted, "draft")
+    return _Level(default.value, "default") if default else _Level(None, None)
+
+
+def _attributes(config: LabelConfig) -> dict[tuple[str, str], float]:
+    """Return the `graco` attributes of class labels, by tag and label."""
+    tags = [(tag.name, tag.labels) for tag in config.prompts] + [(tag.name, tag.labels) for tag in config.classes]
+    return {
+        (name, label.value): label.granularity
+        for name, labels in tags
+        for label in labels
+        if label.granularity is not None
+    }
+
+
+def _tag_number(item: Json, scales: Mapping[str, float]) -> float | None:
+    """Return the granularity in a result of one of these number tags; None for other results and an empty number."""
+    scale = scales.get(_from(item))
+    given = _value(item).get("number")
+    if scale is None or given is None or _type(item) != "number":
+        return None
+    value = _number(given, f"the number in {_shown(_from(item))}") / scale
+    if not 0 <= value <= 1:
+        raise Refusal(
+            f"the number in {_shown(_from(item))} is {_shown(given)}, outside 0..{scale:g} (0 finest part, "
+            f'{scale:g} whole object); give the <Number> tag min="0" and max="{scale:g}"'
+        )
+    return value
+
+
+def _draft_number(config: LabelConfig, task: Json) -> float | None:
+    scales = {tag.name: tag.scale for tag in config.task_numbers}
+    drafts = task.get("drafts") if scales else None  # else never looked at: they hold every mask of the annotation
+    drafts = [draft for draft in drafts if isinstance(draft, dict)] if isinstance(drafts, list) else []
+    if not drafts:
+        return None
+    newest = max(reversed(drafts), key=lambda draft: str(draft.get("updated_at") or ""))
+    results = newest.get("result")
+    for item in reversed(results) if isinstance(results, list) else ():
+        number = _tag_number(item, scales) if isinstance(item, dict) else None
+        if number is not None:
+            return number
+    return None
+
+
+def _labels(item: Json) -> list[str]:
+    """Return the labels of a result: those under its own type, not the copy of the class in `labels`."""
+    given = _value(item).get(_type(item)) if _type(item).endswith("labels") else None
+    return [label for label in given if isinstance(label, str)] if isinstance(given, list) else []
+
+
+def _class_label(config: LabelConfig, groups: Sequence[_Group]) -> str | None:
+    """Return the class of the newest click that has one.
+
+    Of several labels on one click, those with a `graco` attribute that no output holds are levels, not classes.
+    """
+    to_name = groups[-1].to_name
+    levels = {tag.name for tag in config.levels}
+    attributes = _attributes(config)
+    class_tag = config.class_tag(to_name)
+    for group in reversed(groups):
+        for item in group.items:
+            name = _from(item)
+            for label in _labels(item) if name not in levels else ():
+                held = any(tag.holds(label) for tag in config.outputs if tag.to_name == to_name and not tag.smart)
+                if held or (class_tag and class_tag.holds(label)) or (name, label) not in attributes:
+                    return label
+    return None
+
+
+def _phrase(config: LabelConfig, groups: Sequence[_Group]) -> str | None:
+    names = {tag.name for tag in config.phrases}
+    for group in reversed(groups):
+        for item in reversed(group.items):
+            if _from(item) not in names or _type(item) != "textarea":
+                continue
+            given = _value(item).get("text")
+            texts = given if isinstance(given, list) else [given]
+            words = [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
+            if words:
+                return words[-1]
+    return None
+
+
+def _task_id(task: Json) -> int | None:
+    number = task.get("id")
+    return number if isinstance(number, int) and not isinstance(number, bool) else None
+
+
+def _uri(image: ImageTag, task: Json, item_index: int | None) -> str:
+    uris = _uris(image, task)
+    index = item_index or 0
+    if index >= len(uris):
+        raise Refusal(f"a click lies on page {index + 1} of {image.value}, which has {len(uris)}; reload the page")
+    return uris[index]
+
+
+def _uris(image: ImageTag, task: Json) -> list[str]:
+    data = task.get("data")
+    if image.key is None or not isinstance(data, dict) or image.key not in data:
+        held = ", ".join(map(_shown, list(data)[:10])) if isinstance(data, dict) and data else "nothing"
+        raise Refusal(
+            f"task {_shown(task.get('id'))} has no {image.key or 'image'} in its data (it has {held}), which the "
+            f"<Image> tag {image.name!r} shows; import the task with that key, or change the tag's value"
+        )
+    given = data[image.key]
+    uris = given if isinstance(given, list) and image.is_list else [given]
+    if not uris or not all(isinstance(uri, str) and uri for uri in uris):
+        raise Refusal(
+            f"{image.key} of task {_shown(task.get('id'))} is {_shown(given)}; expected the address of an image"
+        )
+    return uris
+
+
+# --- writing ---
+
+
+def choose_output(config: LabelConfig, to_name: str, class_label: str | None) -> OutputTag:
+    """Return the tag to put a mask of this image into.
+
+    Tags that hold the class come first, then brush, bitmask, polygon, rectangle, then the order of the document. A
+    smart rectangle tag, which is there to ask, comes after all others.
+
+    Raises:
+        Refusal: the image has no such tag.
+    """
+    own = [tag for tag in config.outputs if tag.to_name == to_name]
+    if not own:
+        raise Refusal(
+            f"the labelling configuration has no tag that can hold a mask of {to_name!r}; add "
+            f'<BrushLabels name="mask" toName="{to_name}" smart="false"> with your classes'
+        )
+    class_tag = config.class_tag(to_name)
+
+    def rank(tag: OutputTag) -> tuple[bool, bool, int, bool]:
+        holder = tag if tag.labelled else class_tag
+        holds = holder is not None and holder.holds(class_label)
+        return tag.smart and tag.kind == "rectangle", not holds, OUTPUT_KINDS.index(tag.kind), tag.smart
+
+    return min(own, key=rank)
+
+
+def shape_values(kind: OutputKind, mask: Mask) -> list[Json]:
+    """Return the mask as values of regions, without labels: several for polygons, none for an empty mask.
+
+    This is the costly part of an answer; its result may be kept and used again, but not changed.
+    """
+    if not mask.any():
+        return []
+    if kind == "brush":
+        return [{"format": "rle", "rle": brush.encode(mask)}]
+    if kind == "bitmask":
+        return [{"imageDataURL": outlines.to_png_data_url(mask)}]
+    height, width = mask.shape
+    if kind == "polygon":
+        percent = [polygon / (width, height) * 100 for polygon in outlines.to_polygons(mask)]
+        return [{"points": np.round(points, _DECIMALS).tolist(), "closed": True} for points in percent]
+    rectangle = outlines.to_rectangle(mask)
+    if rectangle is None:
+        return []
+    left, top, right, bottom = rectangle
+    x, y, w, h = left / width, top / height, (right - left) / width, (bottom - top) / height
+    sides = {"x": x, "y": y, "width": w, "height": h}
+    return [{key: round(side * 100, _DECIMALS) for key, side in sides.items()} | {"rotation": 0}]
+
+
+def write_result(
+    ask: Ask,
+    config: LabelConfig,
+    output: OutputTag,
+    prediction: Prediction,
+    *,
+    model_version: str,
+    shapes: Sequence[Sequence[Json]] | None = None,
+) -> list[Json]:
+    """Return the regions of all proposals, best first.
+
+    Args:
+        ask: what was asked.
+        config: the labelling configuration.
+        output: the tag to use, as `choose_output` gave it.
+        prediction: our answer.
+        model_version: goes into the ids.
+        shapes: what `shape_values(output.kind, mask)` gave for each proposal; None: they are made here.
+
+    Raises:
+        Refusal: a mask has another size than Label Studio says the image has.
+    """
+    regions: list[Json] = []
+    for index, proposal in enumerate(prediction.proposals):
+        if proposal.mask.shape != (ask.height, ask.width):
+            height, width = proposal.mask.shape
+            raise Refusal(
+                f"Label Studio shows an image of {ask.width} x {ask.height} pixels, but the one we read has "
+                f"{width} x {height}; import the task again, or clear the browser's cache"
+            )
+        regions += write_regions(
+            ask,
+            config,
+            output,
+            shape_values(output.kind, proposal.mask) if shapes is None else shapes[index],
+            model_version=model_version,
+            score=proposal.score,
+            granularity=proposal.granularity,
+            index=index,
+        )
+    return regions
+
+
+def write_regions(
+    ask: Ask,
+    config: LabelConfig,
+    output: OutputTag,
+    values: Sequence[Json],
+    *,
+    model_version: str,
+    score: float,
+    granularity: Granularity | None = None,
+    index: int = 0,
+) -> list[Json]:
+    """Return one proposal's results: per value the shape, then class (of a plain tag) and level under the same id.
+
+    Args:
+        ask: what was asked.
+        config: the labelling configuration.
+        output: the tag to use.
+        values: shapes, as `shape_values` gave them for `output.kind`; they are not changed.
+        model_version: goes into the ids.
+        score: of the proposal; brought into 0..1, and 0 when it is not a number.
+        granularity: where the proposal stands; None: what was asked for.
+        index: the proposal's place among those of the same ask.
+    """
+    image: Json = {"original_width": ask.width, "original_height": ask.height, "image_rotation": 0}
+    if ask.item_index is not None:
+        image["item_index"] = ask.item_index
+    label = _label_for(ask, config, output)
+    extras = _level_results(ask, config, granularity)
+    class_tag = None if output.labelled else config.class_tag(ask.to_name)
+    if class_tag is not None and label is not None:
+        extras = [{"type": "labels", "from_name": class_tag.name, "value": {"labels": [label]}}, *extras]
+    results: list[Json] = []
+    for part, value in enumerate(values):
+        name: Json = {
+            "id": region_id(ask, model_version=model_version, granularity=granularity, index=index, part=part),
+            "to_name": ask.to_name,
+        }
+        labels: Json = {output.result_type: [label]} if output.labelled and label is not None else {}
+        main = {"type": output.result_type, "from_name": output.name, "score": _score(score), "value": value | labels}
+        results += [name | image | result for result in (main, *extras)]
+    return results
+
+
+def region_id(
+    ask: Ask, *, model_version: str, granularity: Granularity | None = None, index: int = 0, part: int = 0
+) -> str:
+    """Return the id of a region we propose: 16 hexadecimal digits, the same for the same request.
+
+    It is made of task, image, clicks with ids, positions and signs, box, level, phrase, model version, and the place of
+    proposal and part. A new click has a new id, even on the spot of an old one.
+    """
+    prompt = ask.prompt
+    box = prompt.box and (prompt.box.left, prompt.box.top, prompt.box.right, prompt.box.bottom)
+    named = [
+        [ask.task_id, ask.to_name, ask.item_index, ask.uri if ask.task_id is None else None],
+        [ask.click_ids, [(click.x, click.y, click.positive) for click in prompt.clicks], box],
+        [ask.level, prompt.granularity and prompt.granularity.level, granularity and granularity.level, prompt.phrase],
+        [model_version, index, part],
+    ]
+    return hashlib.blake2b(json.dumps(named).encode(), digest_size=8).hexdigest()
+
+
+def answer(result: list[Json], score: float, model_version: str) -> Json:
+    """Return one item of "results"."""
+    return {"result": result, "score": _score(score), "model_version": model_version}
+
+
+def empty_answer(model_version: str, reason: str | None = None) -> Json:
+    """Return the item of "results" that shows nothing; `reason` is for those who look at the response."""
+    return answer([], 0.0, model_version) | ({"reason": reason} if reason else {})
+
+
+def _score(score: float) -> float:
+    return min(max(0.0, float(score)), 1.0) if isfinite(score) else 0.0
+
+
+def _label_for(ask: Ask, config: LabelConfig, output: OutputTag) -> str | None:
+    """Return the click's class, or the first of the output tag (of the class tag beside it) when that lacks it."""
+    holder = output if output.labelled else config.class_tag(ask.to_name)
+    if holder is None or holder.holds(ask.class_label):
+        return ask.class_label
+    labels = [label if isinstance(label, str) else label.value for label in holder.labels]
+    return labels[0] if labels else None
+
+
+def _level_results(ask: Ask, config: LabelConfig, granularity: Granularity | None) -> list[Json]:
+    """Return the granularity as results of the image's level tag and number tag.
+
+    The level tag gets the label that was chosen, or the nearest. The number tag gets the number that was asked for with
+    it, or, where there is no level tag, any level.
+    """
+    asked = granularity is None or granularity == ask.prompt.granularity
+    level = ask.level if asked or granularity is None else granularity.value
+    if level is None:
+        return []
+    results: list[Json] = []
+    tag: LevelTag | None = config.level_tag(ask.to_name, ask.level_label)
+    if tag is not None:
+        chosen = asked and ask.level_label is not None and tag.granularity(ask.level_label) is not None
+        label = ask.level_label if chosen else tag.nearest(level)
+        results.append({"type": "labels", "from_name": tag.name, "value": {"labels": [label]}})
+    number = config.region_number(ask.to_name)
+    if number is not None and (tag is None or (asked and ask.level_source == "number")):
+        value = round(level * number.scale, 6)
+        results.append({"type": "number", "from_name": number.name, "value": {"number": value}})
+    return results

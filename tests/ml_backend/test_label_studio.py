@@ -1,0 +1,804 @@
+import json
+import string
+from contextlib import suppress
+from copy import deepcopy
+from math import inf, nan
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ml_backend import brush, outlines
+from ml_backend.label_config import LabelConfig, make_config, read_config
+from ml_backend.label_studio import (
+    Ask,
+    answer,
+    choose_output,
+    empty_answer,
+    read_ask,
+    read_batch,
+    read_submitted,
+    region_id,
+    shape_digest,
+    shape_values,
+    write_regions,
+    write_result,
+)
+from model.types import MAX_CLICKS, Box, Granularity, Prediction, Prompt, Proposal, Refusal
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "label_studio"
+CONFIG = read_config(make_config(["Object", "Part"]))
+TASK = {"id": 7, "data": {"image": "/data/upload/3/cat.jpg"}}
+
+
+def recorded(number: int) -> dict:
+    (path,) = GOLDEN.glob(f"{number}_*.json")
+    return json.loads(path.read_text())["body"]
+
+
+def asked(number: int, default: Granularity | None = None) -> Ask | None:
+    body = recorded(number)
+    config = read_config(body["label_config"])
+    return read_ask(config, body["tasks"][0], body["params"]["context"], default_granularity=default)
+
+
+def click(
+    region: str = "one", x: float = 50.0, y: float = 25.0, *, positive: object = True, label: str = "Object", **more
+) -> dict:
+    return {
+        "id": region,
+        "type": "keypointlabels",
+        "from_name": "click",
+        "to_name": "image",
+        "original_width": 200,
+        "original_height": 100,
+        "image_rotation": 0,
+        "is_positive": positive,
+        "value": {"x": x, "y": y, "width": 0.3, "labels": [label], "keypointlabels": [label]},
+    } | more
+
+
+def box(x: float = 10, y: float = 20, width: float = 30, height: float = 40, **more) -> dict:
+    value = {"x": x, "y": y, "width": width, "height": height, "rotation": 0, "rectanglelabels": ["Object"]} | more
+    item = click(type="rectanglelabels", from_name="box", value=value)
+    del item["is_positive"]
+    return item
+
+
+def beside(item: dict, kind: str, name: str, **value: object) -> dict:
+    """Another tag's result on the same region, its geometry repeated as the editor does."""
+    geometry = {key: item["value"][key] for key in ("x", "y", "width", "height") if key in item["value"]}
+    return item | {"type": kind, "from_name": name, "value": geometry | value}
+
+
+def level(item: dict, text: str) -> dict:
+    return beside(item, "labels", "granularity", labels=[text])
+
+
+def number(item: dict, value: object) -> dict:
+    return beside(item, "number", "granularity_value", labels=["Object"], number=value)
+
+
+def phrase(item: dict, *texts: object) -> dict:
+    return beside(item, "textarea", "phrase", labels=["Object"], text=list(texts))
+
+
+def read(
+    *items: object, config: LabelConfig = CONFIG, task: dict = TASK, default: Granularity | None = None
+) -> Ask | None:
+    return read_ask(config, task, {"result": list(items)}, default_granularity=default)
+
+
+def ask_of(*items: object, config: LabelConfig = CONFIG, task: dict = TASK, default: Granularity | None = None) -> Ask:
+    ask = read(*items, config=config, task=task, default=default)
+    assert ask is not None
+    return ask
+
+
+def changed(item: dict, key: str, value: object) -> dict:
+    """The item with one key of it, or of its value, changed; `...` takes the key out."""
+    item = deepcopy(item)
+    holder = item["value"] if key in item["value"] else item
+    if value is ...:
+        del holder[key]
+    else:
+        holder[key] = value
+    return item
+
+
+# --- recorded requests ---
+
+
+@pytest.mark.parametrize(
+    ("fixture", "clicks", "granularity", "source", "label"),
+    [
+        (10, 1, 0.9, "attribute", "Object"),
+        (11, 2, 0.9, "attribute", "Object"),
+        (12, 3, 0.9, "attribute", "Object"),
+        (13, 1, 0.3, "attribute", "Part"),  # not the draft's 0.4
+        (14, 2, 0.3, "attribute", "Part"),
+        (15, 2, 0.3, "number", "Object"),  # of the older click; the draft says 0.7, the class 0.9
+        (16, 1, 0.3, "attribute", "Object"),  # a second label of the click
+        (17, 1, 0.2, "label", "Object"),
+        (18, 1, 0.2, "label", "Object"),
+        (19, 1, 0.8, "label", "Object"),
+        (20, 1, 0.25, "number", "Object"),  # the level label says 0.2
+        (30, 1, 0.5, "label", "Object"),
+        (31, 2, 0.5, "label", "Object"),
+        (32, 3, 0.5, "label", "Object"),
+        (33, 3, 1.0, "label", "Object"),  # of the newest click; the older ones still say 0.5
+        (34, 1, 0.5, "label", None),  # the class was taken off the click
+        (35, 0, 0.1, "label", "Object"),  # a box
+        (36, 1, 0.1, "label", "Object"),
+    ],
+)
+def test_a_recorded_request_is_read(fixture, clicks, granularity, source, label):
+    ask = asked(fixture, Granularity(6))
+    assert ask is not None
+    assert (len(ask.prompt.clicks), ask.level, ask.level_source, ask.class_label) == (
+        clicks,
+        granularity,
+        source,
+        label,
+    )
+    assert ask.prompt.granularity == Granularity.from_value(granularity)
+    assert (ask.width, ask.height) == (451, 300)
+    assert ask.uri == recorded(fixture)["tasks"][0]["data"]["image"]
+    assert ask.task_id == recorded(fixture)["tasks"][0]["id"]
+
+
+def test_clicks_keep_their_order_place_and_sign():
+    ask = asked(32)
+    assert ask is not None
+    assert ask.click_ids == ("tbitdO9V5Y", "ldTM0_w5D_", "zolepK6vJJ")
+    assert [c.positive for c in ask.prompt.clicks] == [True, True, False]
+    assert ask.prompt.clicks[0].x == pytest.approx(31.290322580645167 * 4.51)
+    assert ask.prompt.clicks[0].y == pytest.approx(35.936559139784954 * 3)
+    assert (ask.prompt_type, ask.to_name) == ("keypoint", "image")
+
+
+def test_a_recorded_box_is_read():
+    ask = asked(35)
+    assert ask is not None
+    assert ask.prompt.box is not None
+    corners = (ask.prompt.box.left, ask.prompt.box.top, ask.prompt.box.right, ask.prompt.box.bottom)
+    assert corners == pytest.approx((99.66, 66.35, 267.69, 206.01), abs=0.01)
+    assert (ask.prompt_type, ask.click_ids, ask.prompt.clicks) == ("rectangle", ("KyNHwViuQB",), ())
+
+
+def test_a_click_without_its_own_label_is_still_a_click():
+    ask = asked(34)
+    assert ask is not None
+    assert (ask.click_ids, ask.level_label, ask.class_label) == (("x7d4JlcWpp",), "0.5", None)
+
+
+def test_the_level_label_is_kept_as_the_tag_writes_it():
+    ask = asked(17)
+    assert ask is not None
+    assert ask.level_label == "L 0.2"
+
+
+def test_a_recorded_phrase_is_read():
+    ask = asked(20)
+    assert ask is not None
+    assert (ask.phrase, ask.prompt.phrase, ask.level_label) == ("the left eye", "the left eye", None)
+
+
+def test_after_a_submit_nothing_is_asked():
+    assert asked(37) is None
+
+
+def test_a_recorded_batch_asks_for_its_images():
+    body = recorded(50)
+    config = read_config(body["label_config"])
+    assert asked(50) is None
+    assert [(to_name, uri) for task in body["tasks"] for to_name, uri in read_batch(config, task)] == [
+        ("image", "/data/upload/3/ac93f566-chelsea.jpg"),
+        ("image", "/data/upload/3/f4aecc9d-coffee.jpg"),
+        ("image", "/data/upload/3/c2373f56-astronaut.jpg"),
+    ]
+
+
+@pytest.mark.parametrize("context", [None, {}, {"result": None}, {"result": []}])
+def test_nothing_clicked_is_nothing_asked(context):
+    assert read_ask(CONFIG, TASK, context, default_granularity=None) is None
+
+
+def test_results_without_a_click_ask_nothing():
+    mask = click(type="brushlabels", from_name="mask", value={"format": "rle", "rle": [1], "brushlabels": ["Object"]})
+    kept = click(value={"format": "rle", "rle": [1], "keypointlabels": ["Object"]})  # of an accepted mask
+    task_number = {"id": "n", "type": "number", "from_name": "granularity_value", "value": {"number": 0.5}}
+    relation = {"type": "relation", "from_id": "a", "to_id": "b"}
+    ellipse = click("e", type="ellipselabels", from_name="e", value={"x": 1, "y": 1, "radiusX": 2, "radiusY": 2})
+    polygon = click("p", type="polygonlabels", from_name="p", value={"points": [[1, 2]], "closed": True})
+    assert read(mask, kept, task_number, relation, polygon, ellipse, level(ellipse, "0.5")) is None
+    ask = ask_of(mask, click("two"), polygon)
+    assert ask.click_ids == ("two",)
+
+
+def test_a_box_drawn_into_the_output_asks_nothing():
+    config = read_config(make_config(["Object"], output="rectangle"))
+    assert read(box() | {"from_name": "mask"}, config=config) is None
+    assert read(box(), config=config) is not None
+
+
+# --- granularity ---
+
+
+def test_the_number_of_the_newest_click_wins():
+    one, two = click("one"), click("two")
+    assert ask_of(one, number(one, 0.9), two, level(two, "0.1"), number(two, 0.35)).level == 0.35
+
+
+def test_the_label_of_the_newest_click_wins_over_the_number_of_an_older_one():
+    one, two = click("one"), click("two")
+    ask = ask_of(one, number(one, 0.9), two, level(two, "0.1"))
+    assert (ask.level, ask.level_source, ask.level_label) == (0.1, "label", "0.1")
+
+
+def test_an_older_click_is_asked_when_the_newest_says_nothing():
+    one, two, three = click("one"), click("two"), click("three")
+    assert ask_of(one, level(one, "0.1"), two, level(two, "0.7"), three).level == 0.7
+    assert ask_of(one, level(one, "0.1"), number(one, 0.6), two, three).level_source == "number"
+
+
+def test_an_emptied_number_counts_as_none():
+    one = click()
+    assert ask_of(one, level(one, "0.3"), number(one, None)).level_source == "label"
+
+
+def test_a_number_from_1_to_10_is_a_tenth_of_it():
+    xml = make_config(["Object"]).replace('max="1"', 'max="10"')
+    assert ask_of(click(), number(click(), 3), config=read_config(xml)).level == 0.3
+
+
+def test_the_default_comes_last():
+    assert ask_of(click(), default=Granularity(4)).level_source == "default"
+    assert ask_of(click(), default=Granularity(4)).prompt.granularity == Granularity(4)
+    assert ask_of(click()).prompt.granularity is None
+
+
+def draft(updated: str, *numbers: float) -> dict:
+    results = [{"type": "number", "from_name": "how", "value": {"number": n}} for n in numbers]
+    return {"updated_at": updated, "result": [{"type": "brushlabels", "value": {"rle": [0]}}, *results]}
+
+
+WITH_SLIDER = read_config(
+    make_config(["Object"]).replace("</View>\n", '<Number name="how" toName="image" min="0" max="1"/></View>\n', 1)
+)
+
+
+def test_a_number_of_the_task_is_read_from_the_newest_draft():
+    task = TASK | {"drafts": [draft("2026-01-02", 0.2, 0.4), draft("2026-01-01", 0.9)]}
+    ask = ask_of(click(), config=WITH_SLIDER, task=task, default=Granularity(6))
+    assert (ask.level, ask.level_source) == (0.4, "draft")
+    assert ask_of(click(), level(click(), "0.1"), config=WITH_SLIDER, task=task).level == 0.1
+
+
+@pytest.mark.parametrize("drafts", [None, [], "drafts", [None], [{}], [{"result": None}], [{"result": [None]}]])
+def test_a_draft_that_says_nothing_leaves_the_default(drafts):
+    ask = ask_of(click(), config=WITH_SLIDER, task=TASK | {"drafts": drafts}, default=Granularity(6))
+    assert ask.level_source == "default"
+
+
+def test_drafts_are_not_looked_at_without_a_number_of_the_task():
+    class Task(dict):
+        def get(self, key, default=None):
+            assert key != "drafts"
+            return super().get(key, default)
+
+    assert read_ask(CONFIG, Task(TASK), {"result": [click()]}, default_granularity=None) is not None
+
+
+# --- phrase ---
+
+
+def test_the_newest_phrase_is_read():
+    one, two, three = click("one"), click("two"), click("three")
+    assert (
+        ask_of(one, phrase(one, "ear"), two, phrase(two, "left", "  the left\n eye "), three).phrase == "the left eye"
+    )
+    assert ask_of(one, phrase(one, "ear"), two, phrase(two, " ", 3)).phrase == "ear"
+
+
+def test_a_note_is_no_phrase():
+    assert ask_of(click(meta={"text": ["check this one"]})).phrase is None
+
+
+# --- boxes ---
+
+
+def test_a_box_in_percent_becomes_one_in_pixels():
+    assert ask_of(box(10, 20, 30, 40)).prompt.box == Box(left=20, top=20, right=80, bottom=60)
+
+
+def test_a_turned_box_is_boxed():
+    turned = ask_of(box(50, 20, 20, 20, rotation=90)).prompt.box
+    assert turned is not None
+    assert (turned.left, turned.top, turned.right, turned.bottom) == pytest.approx((80, 20, 100, 60))
+
+
+def test_a_box_beyond_the_image_is_cut_off():
+    assert ask_of(box(90, 90, 30, 30)).prompt.box == Box(left=180, top=90, right=200, bottom=100)
+    assert ask_of(box(99.9, 50, 20, 20, rotation=180)).prompt.box is not None
+
+
+def test_the_newest_of_several_boxes_is_meant():
+    ask = ask_of(box(0, 0) | {"id": "old"}, box(50, 50) | {"id": "new"})
+    assert ask.prompt.box == Box(left=100, top=50, right=160, bottom=90)
+    assert ask.click_ids == ("new",)
+
+
+def test_a_box_whose_own_label_was_taken_off_is_still_a_box():
+    ask = ask_of(level(box(), "0.3"))
+    assert (ask.prompt_type, ask.level) == ("rectangle", 0.3)
+
+
+def test_an_empty_box_is_refused():
+    with pytest.raises(Refusal, match="draw it wider"):
+        read(box(10, 10, 0, 10))
+
+
+# --- several images, other names ---
+
+TWO_IMAGES = read_config("""<View>
+  <Image name="before" value="$first"/><Image name="after" value="$pages" />
+  <KeyPoint name="kp1" toName="before" smart="true"/><KeyPoint name="kp2" toName="after" smart="true"/>
+  <Labels name="was" toName="before"><Label value="House"/></Labels>
+  <Labels name="is" toName="after"><Label value="Ruin"/><Label value="House"/></Labels>
+  <Labels name="fine" toName="after"><Label value="g 0.4" graco="0.4"/><Label value="g 1" graco="1"/></Labels>
+  <Brush name="old" toName="before" smart="false"/><Bitmask name="new" toName="after" smart="false"/>
+</View>""")
+TWO_DATA = {"id": 3, "data": {"first": "a.png", "pages": "b.png"}}
+
+
+def test_clicks_on_another_image_than_the_newest_are_left_out():
+    old = click("old", type="keypoint", from_name="kp1", to_name="before")
+    new = click("new", type="keypoint", from_name="kp2", to_name="after")
+    house = beside(new, "labels", "is", labels=["House"])
+    ask = ask_of(new, house, old, config=TWO_IMAGES, task=TWO_DATA)
+    assert (ask.to_name, ask.uri, ask.click_ids, ask.class_label) == ("before", "a.png", ("old",), None)
+    ask = ask_of(old, new, house, config=TWO_IMAGES, task=TWO_DATA)
+    assert (ask.to_name, ask.uri, ask.click_ids, ask.class_label) == ("after", "b.png", ("new",), "House")
+
+
+def test_plain_tags_answer_with_the_class_in_a_result_of_its_own():
+    new = click("new", type="keypoint", from_name="kp2", to_name="after")
+    fine, house = beside(new, "labels", "fine", labels=["g 0.4"]), beside(new, "labels", "is", labels=["House"])
+    ask = ask_of(new, fine, house, config=TWO_IMAGES, task=TWO_DATA)
+    output = choose_output(TWO_IMAGES, ask.to_name, ask.class_label)
+    result = write_result(ask, TWO_IMAGES, output, prediction(), model_version="v")
+    assert [(r["type"], r["from_name"]) for r in result] == [("bitmask", "new"), ("labels", "is"), ("labels", "fine")]
+    assert set(result[0]["value"]) == {"imageDataURL"}
+    assert [r["value"] for r in result[1:]] == [{"labels": ["House"]}, {"labels": ["g 0.4"]}]
+    assert len({r["id"] for r in result}) == 1
+
+
+def test_each_image_of_a_task_is_part_of_a_batch():
+    assert [tuple(ask) for ask in read_batch(TWO_IMAGES, TWO_DATA)] == [("before", "a.png"), ("after", "b.png")]
+    assert [tuple(ask) for ask in read_batch(TWO_IMAGES, {"data": {"pages": "b.png"}})] == [("after", "b.png")]
+    with pytest.raises(Refusal, match="'other'"):
+        read_batch(TWO_IMAGES, {"data": {"other": "b.png"}})
+
+
+def test_a_value_list_has_a_page_for_each_image():
+    config = read_config(make_config(["Object"]).replace('value="$image"', 'valueList="$pages"'))
+    task = {"id": 1, "data": {"pages": ["a.png", "b.png"]}}
+    ask = ask_of(click("one", item_index=0), click("two", item_index=1), config=config, task=task)
+    assert (ask.uri, ask.item_index, ask.click_ids) == ("b.png", 1, ("two",))
+    result = write_regions(ask, config, config.outputs[-1], [{}], model_version="v", score=1)
+    assert result[0]["item_index"] == 1
+    assert ask_of(click(), config=config, task=task).uri == "a.png"
+    assert [(b.uri, b.item_index) for b in read_batch(config, task)] == [("a.png", 0), ("b.png", 1)]
+    for index in (2, -1, "0", True):
+        with pytest.raises(Refusal):
+            read(click(item_index=index), config=config, task=task)
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        (changed(click(), "x", 101), "outside the image"),
+        (changed(click(), "y", -0.6), "outside the image"),
+        (changed(click(), "x", nan), "finite"),
+        (changed(click(), "y", inf), "finite"),
+        (changed(click(), "x", 10**400), "finite"),
+        (changed(click(), "x", "50"), "expected a number"),
+        (changed(click(), "x", True), "expected a number"),
+        (changed(click(), "y", None), "expected a number"),
+        (changed(click(), "y", ...), "expected a number"),
+        (changed(click(), "value", None), "an object with x and y"),
+        (changed(click(), "id", ...), "has no id"),
+        (changed(click(), "is_positive", ...), 'smart="true"'),
+        (changed(click(), "is_positive", "false"), "true or false"),
+        (changed(click(), "original_width", ...), "does not say original_width"),
+        (changed(click(), "original_height", None), "does not say original_height"),
+        (changed(click(), "original_width", 0), "whole pixels"),
+        (changed(click(), "original_height", -5), "whole pixels"),
+        (changed(click(), "original_width", 100_001), "whole pixels"),
+        (changed(click(), "original_width", 1.5), "whole pixels"),
+        (changed(click(), "original_width", "200"), "expected a number"),
+        (changed(click(), "image_rotation", 90), "rotated by 90"),
+        (changed(click(), "to_name", "elsewhere"), "'elsewhere'"),
+        (changed(box(), "x", -3), "outside the image"),
+        (changed(box(), "width", nan), "finite"),
+        (changed(box(), "rotation", "90"), "expected a number"),
+        (None, "each an object"),
+        ("click", "each an object"),
+    ],
+)
+def test_a_click_that_cannot_be_understood_is_refused(item, says):
+    with pytest.raises(Refusal, match=says):
+        read(item)
+
+
+@pytest.mark.parametrize("given", [2, -0.1, nan, "0.5", True])
+def test_a_number_that_is_no_granularity_is_refused(given):
+    with pytest.raises(Refusal, match="the number in 'granularity_value'"):
+        read(click(), number(click(), given))
+
+
+@pytest.mark.parametrize("context", [[], "x", 3, {"result": {}}, {"result": "x"}])
+def test_a_context_of_another_shape_is_refused(context):
+    with pytest.raises(Refusal, match="expected"):
+        read_ask(CONFIG, TASK, context, default_granularity=None)
+
+
+@pytest.mark.parametrize("data", [None, {}, {"photo": "a.jpg"}, {"image": None}, {"image": ""}, {"image": ["a.jpg"]}])
+def test_a_task_without_its_image_is_refused(data):
+    with pytest.raises(Refusal, match="image"):
+        read(click(), task={"id": 7, "data": data})
+
+
+def test_too_many_clicks_are_refused():
+    with pytest.raises(Refusal, match="at most"):
+        read(*(click(str(i)) for i in range(MAX_CLICKS + 1)))
+
+
+def test_a_refusal_does_not_repeat_a_huge_value():
+    with pytest.raises(Refusal) as refused:
+        read(changed(click(), "x", "5" * 10_000_000))
+    assert len(str(refused.value)) < 300
+
+
+def test_a_click_just_outside_is_moved_onto_the_border():
+    first, second = ask_of(click("one", -0.4, 0), click("two", 100.4, 100)).prompt.clicks
+    assert (first.x, first.y) == (0, 0)
+    assert (199.9 < second.x < 200, 99.9 < second.y < 100) == (True, True)
+
+
+sides = st.integers(1, 20_000)
+percents = st.floats(0, 100)
+
+
+@given(percents, percents, sides, sides)
+def test_percent_to_pixels_and_back(x, y, width, height):
+    one = changed(changed(click(x=x, y=y), "original_width", width), "original_height", height)
+    got = ask_of(one).prompt.clicks[0]
+    assert 0 <= got.x < width
+    assert 0 <= got.y < height
+    assert (got.x / width * 100, got.y / height * 100) == pytest.approx((x, y), abs=1e-9)
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.data())
+def test_a_rectangle_written_and_read_is_the_same(width, height, data):
+    left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    right, bottom = data.draw(st.integers(left + 1, width)), data.draw(st.integers(top + 1, height))
+    mask = np.zeros((height, width), bool)
+    mask[top:bottom, left:right] = True
+    (value,) = shape_values("rectangle", mask)
+    item = changed(changed(box(**value), "original_width", width), "original_height", height)
+    got = ask_of(item).prompt.box
+    assert got is not None
+    assert (got.left, got.top, got.right, got.bottom) == pytest.approx((left, top, right, bottom), abs=1e-3)
+
+
+CLICK_TAG = '<KeyPointLabels name="click" toName="image" smart="true"><Label value="Fox"/></KeyPointLabels>'
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(string.printable, max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = ["id", "type", "from_name", "to_name", "original_width", "image_rotation", "is_positive", "value", "item_index"]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([*KEYS, "x", "y", "keypointlabels"]), json_values), max_size=3),
+    json_values,
+)
+def test_whatever_comes_is_read_or_refused(changes, other):
+    item = click()
+    for key, value in changes:
+        (item["value"] if isinstance(item["value"], dict) and key in ("x", "y", "keypointlabels") else item)[key] = (
+            value
+        )
+    for context in ({"result": [item, level(click("two"), "0.5")]}, {"result": [item]}, {"result": other}, other):
+        with suppress(Refusal):
+            read_ask(CONFIG, TASK, context, default_granularity=None)
+    read_submitted({"result": [item | {"type": "polygonlabels"}]})
+    shape_digest({"points": other})
+    shape_digest({"rle": other})
+
+
+# --- the tag of the answer ---
+
+
+def outputs(*tags: str) -> LabelConfig:
+    written = [tag if "<" in tag else f'<{tag} toName="image"><Label value="Cat"/></{tag.split()[0]}>' for tag in tags]
+    return read_config(f'<View><Image name="image" value="$image"/>{"".join(written)}</View>')
+
+
+@pytest.mark.parametrize(
+    ("tags", "chosen"),
+    [
+        (['RectangleLabels name="r"', 'PolygonLabels name="p"', 'BitmaskLabels name="m"', 'BrushLabels name="b"'], "b"),
+        (['RectangleLabels name="r"', 'PolygonLabels name="p"', 'BitmaskLabels name="m"'], "m"),
+        (['RectangleLabels name="r"', 'PolygonLabels name="p"'], "p"),
+        (['RectangleLabels name="ask" smart="true"', 'RectangleLabels name="r" smart="false"'], "r"),
+        (['RectangleLabels name="ask" smart="true"', '<Polygon name="p" toName="image"/>'], "p"),
+        (['RectangleLabels name="ask" smart="true"'], "ask"),
+        (['BrushLabels name="one"', 'BrushLabels name="two"'], "one"),
+        (['BrushLabels name="s" smart="true"', 'BrushLabels name="b"'], "b"),
+        (['<BrushLabels name="b" toName="image"><Label value="Dog"/></BrushLabels>', 'PolygonLabels name="p"'], "p"),
+        (
+            ['<BrushLabels name="dogs" toName="image"><Label value="Dog"/></BrushLabels>', 'BrushLabels name="cats"'],
+            "cats",
+        ),
+        (['<BrushLabels name="any" toName="image" value="$classes"/>', 'PolygonLabels name="p"'], "any"),
+        (['BrushLabels name="b"', '<Image name="other" value="$o"/>'], "b"),
+    ],
+)
+def test_the_most_faithful_tag_that_holds_the_class_is_chosen(tags, chosen):
+    assert choose_output(outputs(*tags), "image", "Cat").name == chosen
+
+
+def test_without_a_class_the_first_of_the_most_faithful_is_chosen():
+    config = outputs('PolygonLabels name="p"', 'BrushLabels name="one"', 'BrushLabels name="two"')
+    assert choose_output(config, "image", None).name == "one"
+    assert choose_output(config, "image", "Unknown").name == "one"
+
+
+def test_no_tag_for_the_image_is_refused_with_what_to_add():
+    with pytest.raises(Refusal, match=r'add <BrushLabels name="mask" toName="other"'):
+        choose_output(outputs('BrushLabels name="b"'), "other", "Cat")
+
+
+# --- the answer ---
+
+MASK = np.zeros((100, 200), bool)
+MASK[20:60, 40:120] = True
+TWO_PARTS = MASK.copy()
+TWO_PARTS[70:90, 150:190] = True
+
+
+def prediction(*scores: float, levels: tuple[int, ...] = ()) -> Prediction:
+    proposals = [
+        Proposal(mask=MASK, score=score, granularity=Granularity(levels[i]) if levels else None)
+        for i, score in enumerate(scores or (0.9,))
+    ]
+    return Prediction(proposals=tuple(proposals))
+
+
+def written(ask: Ask, *scores: float, config: LabelConfig = CONFIG, levels: tuple[int, ...] = ()) -> list[dict]:
+    output = choose_output(config, ask.to_name, ask.class_label)
+    return write_result(ask, config, output, prediction(*scores, levels=levels), model_version="v1")
+
+
+def test_an_answer_has_the_form_that_label_studio_accepts():
+    accepted = recorded(90)["results"][0]
+    ask = ask_of(click(), level(click(), "0.5"))
+    ours = answer(written(ask, 0.91), 0.91, "graco-lora-7")
+    assert set(ours) == set(accepted)
+    assert [set(result) for result in ours["result"]] == [set(result) for result in accepted["result"]]
+    assert [set(result["value"]) for result in ours["result"]] == [
+        set(result["value"]) for result in accepted["result"]
+    ]
+    assert [r["type"] for r in ours["result"]] == [r["type"] for r in accepted["result"]]
+    assert json.loads(json.dumps(ours, allow_nan=False)) == ours
+
+
+def test_a_brush_answer_holds_the_mask_the_class_and_the_level():
+    mask, fine = written(ask_of(click(label="Part"), level(click(), "0.3")))
+    np.testing.assert_array_equal(brush.decode(mask["value"]["rle"], height=100, width=200), MASK)
+    assert mask["value"]["format"] == "rle"
+    assert mask["value"]["brushlabels"] == ["Part"]
+    assert (mask["from_name"], mask["to_name"], mask["score"]) == ("mask", "image", 0.9)
+    assert (mask["original_width"], mask["original_height"], mask["image_rotation"]) == (200, 100, 0)
+    assert (fine["type"], fine["from_name"], fine["value"]) == ("labels", "granularity", {"labels": ["0.3"]})
+    assert fine["id"] == mask["id"]
+
+
+def test_a_bitmask_answer_holds_a_picture_of_the_mask():
+    config = read_config(make_config(["Object"], output="bitmask"))
+    (mask,) = written(ask_of(click(), config=config), config=config)
+    np.testing.assert_array_equal(
+        outlines.from_png_data_url(mask["value"]["imageDataURL"], height=100, width=200), MASK
+    )
+    assert (mask["type"], mask["value"]["bitmasklabels"]) == ("bitmasklabels", ["Object"])
+
+
+def test_a_polygon_answer_has_a_region_for_each_part():
+    config = read_config(make_config(["Object"], output="polygon"))
+    ask = ask_of(click(), level(click(), "0.7"), config=config)
+    one = Prediction(proposals=(Proposal(mask=TWO_PARTS, score=0.5),))
+    result = write_result(ask, config, choose_output(config, "image", "Object"), one, model_version="v1")
+    assert [r["type"] for r in result] == ["polygonlabels", "labels", "polygonlabels", "labels"]
+    assert len({r["id"] for r in result}) == 2
+    assert all(r["value"]["closed"] and r["value"]["polygonlabels"] == ["Object"] for r in result[::2])
+    xs, ys = zip(*result[0]["value"]["points"], strict=True)
+    assert (min(xs), max(xs), min(ys), max(ys)) == (20, 60, 20, 60)
+
+
+def test_a_rectangle_answer_is_the_box_around_the_mask():
+    config = read_config(make_config(["Object"], output="rectangle"))
+    (region,) = written(ask_of(click(), config=config), config=config)
+    assert region["from_name"] == "mask"
+    assert region["value"] == {
+        "x": 20.0,
+        "y": 20.0,
+        "width": 40.0,
+        "height": 40.0,
+        "rotation": 0,
+        "rectanglelabels": ["Object"],
+    }
+
+
+@pytest.mark.parametrize("kind", ["brush", "bitmask", "polygon", "rectangle"])
+def test_an_empty_mask_is_no_region(kind):
+    assert shape_values(kind, np.zeros((4, 5), bool)) == []
+
+
+def test_shapes_that_were_kept_give_the_same_answer_and_stay_as_they_were():
+    ask = ask_of(click(), level(click(), "0.3"))
+    output = choose_output(CONFIG, "image", "Object")
+    values = shape_values("brush", MASK)
+    kept = deepcopy(values)
+    again = write_result(ask, CONFIG, output, prediction(), model_version="v1", shapes=[values])
+    assert again == written(ask)
+    assert values == kept
+
+
+def test_a_mask_of_another_size_is_refused():
+    with pytest.raises(Refusal, match="20 x 10"):
+        written(ask_of(changed(changed(click(), "original_width", 20), "original_height", 10)))
+
+
+@pytest.mark.parametrize(("label", "expected"), [("Part", "Part"), ("Unknown", "Object")])
+def test_a_class_that_the_output_lacks_is_replaced_by_its_first(label, expected):
+    assert written(ask_of(click(label=label)))[0]["value"]["brushlabels"] == [expected]
+
+
+def test_without_a_class_the_outputs_first_is_taken():
+    assert written(ask_of(level(click(), "0.5")))[0]["value"]["brushlabels"] == ["Object"]
+
+
+def test_a_class_from_the_tasks_data_is_written_as_it_came():
+    config = outputs('<BrushLabels name="b" toName="image" value="$classes"/>', CLICK_TAG)
+    assert written(ask_of(click(label="Fox"), config=config), config=config)[0]["value"]["brushlabels"] == ["Fox"]
+    no_label = changed(click(), "keypointlabels", [])
+    assert "brushlabels" not in written(ask_of(no_label, config=config), config=config)[0]["value"]
+
+
+def test_a_level_of_another_source_is_written_as_the_nearest_label():
+    assert written(ask_of(click(), default=Granularity(8)))[1]["value"] == {"labels": ["0.7"]}
+    assert len(written(ask_of(click()))) == 1
+
+
+def test_a_number_that_was_given_is_given_back():
+    one = click()
+    mask, label, value = written(ask_of(one, level(one, "0.1"), number(one, 0.45)))
+    assert label["value"] in ({"labels": ["0.5"]}, {"labels": ["0.3"]})
+    assert (value["type"], value["from_name"], value["value"]) == ("number", "granularity_value", {"number": 0.45})
+    assert mask["id"] == value["id"]
+
+
+def test_without_a_level_tag_the_number_tag_gets_the_level():
+    config = read_config(make_config(["Object"], levels=()).replace('max="1"', 'max="10"'))
+    assert written(ask_of(click(), default=Granularity(3), config=config), config=config)[1]["value"] == {"number": 3}
+
+
+def test_each_proposal_says_where_it_stands():
+    one = click()
+    result = written(ask_of(one, number(one, 0.52)), 0.9, 0.8, 0.7, levels=(5, 1, 10))
+    assert [r["value"] for r in result if r["type"] != "brushlabels"] == [
+        {"labels": ["0.5"]},
+        {"number": 0.52},
+        {"labels": ["0.1"]},
+        {"labels": ["1.0"]},
+    ]
+    assert len({r["id"] for r in result}) == 3
+
+
+def test_a_whole_image_proposal_needs_no_click():
+    (batch,) = read_batch(CONFIG, TASK)
+    ask = batch.sized(200, 100)
+    assert (ask.prompt, ask.prompt_type, ask.task_id, ask.phrase) == (Prompt(), None, 7, None)
+    result = written(ask, 0.9, 0.8, levels=(10, 3))
+    assert [r["value"]["labels"] for r in result if r["type"] == "labels"] == [["1.0"], ["0.3"]]
+
+
+@pytest.mark.parametrize(("score", "shown"), [(0.5, 0.5), (1.2, 1.0), (-1, 0.0), (nan, 0.0), (inf, 0.0)])
+def test_scores_are_finite_and_within_0_and_1(score, shown):
+    assert written(ask_of(click()), score)[0]["score"] == shown
+    assert answer([], score, "v")["score"] == shown
+
+
+def test_an_empty_answer_may_say_why():
+    assert empty_answer("v1") == {"result": [], "score": 0.0, "model_version": "v1"}
+    assert empty_answer("v1", "no such image")["reason"] == "no such image"
+
+
+# --- ids and digests ---
+
+
+def test_the_same_request_gives_the_same_id():
+    items = (click(), level(click(), "0.5"), phrase(click(), "ear"))
+    ids = {region_id(ask_of(*items), model_version="v1") for _ in range(2)}
+    assert len(ids) == 1
+    assert len(ids.pop()) == 16
+
+
+def test_whatever_changes_the_answer_changes_the_id():
+    one = click()
+    asks = [
+        ask_of(one),
+        ask_of(click("other")),  # a new click on the same spot
+        ask_of(click(x=51)),
+        ask_of(click(positive=False)),
+        ask_of(one, click("two")),
+        ask_of(one, level(one, "0.5")),
+        ask_of(one, number(one, 0.45)),
+        ask_of(one, number(one, 0.44)),
+        ask_of(one, phrase(one, "ear")),
+        ask_of(one, task=TASK | {"id": 8}),
+        ask_of(box()),
+        ask_of(box(11)),
+    ]
+    ids = [region_id(ask, model_version="v1") for ask in asks]
+    ids += [region_id(asks[0], model_version="v2"), region_id(asks[0], model_version="v1", index=1)]
+    ids += [region_id(asks[0], model_version="v1", part=1)]
+    ids += [region_id(asks[0], model_version="v1", granularity=Granularity(3))]
+    assert len(set(ids)) == len(ids)
+
+
+def test_an_accepted_region_has_the_digest_of_what_was_answered():
+    for output in ("brush", "bitmask", "polygon", "rectangle"):
+        config = read_config(make_config(["Object"], output=output))
+        result = written(ask_of(click(), level(click(), "0.3"), config=config), config=config)
+        came_back = json.loads(json.dumps({"result": result}))
+        for region in came_back["result"]:
+            for key in ("x", "y", "width", "height"):
+                if key in region["value"]:
+                    region["value"][key] *= 1 + 1e-12
+        assert read_submitted(came_back) == [(result[0]["id"], shape_digest(result[0]["value"]))]
+
+
+def test_recorded_corrections_differ_from_what_was_accepted():
+    accepted, corrected = (read_submitted(recorded(number)["annotation"]) for number in (40, 41))
+    assert [region for region, _ in accepted] == [region for region, _ in corrected] == ["2de56ade51"]
+    assert accepted != corrected
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        {},
+        {"result": None},
+        {"result": [None, {"type": "brushlabels"}, {"type": "brushlabels", "id": 3, "value": {}}]},
+        {"result": [{"type": ["brush"], "id": "a", "value": {}}, {"type": "choices", "id": "a", "value": {}}]},
+    ],
+)
+def test_what_is_no_region_is_skipped(annotation):
+    assert read_submitted(annotation) == []
+
+
+@pytest.mark.parametrize(
+    "value", [{"rle": "x"}, {"rle": [300]}, {"rle": [None]}, {"points": [[1, "a"]]}, {"x": {}}, {}]
+)
+def test_a_shape_of_others_has_a_digest_too(value):
+    assert len(shape_digest(value)) == 32
