@@ -138,7 +138,7 @@ def create_app(service: Service) -> Flask:
         context = body.params.context if body.params else None
         tasks = [
             {"id": task.id, "project": task.project, "data": task.data}
-            | ({"drafts": read_numbers(task.drafts)} if config.reads_drafts and context is not None else {})
+            | ({"drafts": read_numbers(task.drafts)} if config.task_numbers and context is not None else {})
             for task in body.tasks
         ]
         return _json({"results": predict_tasks(service, config, tasks, context, project=project)})

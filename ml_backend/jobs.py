@@ -13,15 +13,19 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import redis
-from rq import Queue, SimpleWorker, get_current_job
+from rq import Queue, SimpleWorker
 from rq.exceptions import DuplicateJobError
 from rq.serializers import JSONSerializer
 
 from ml_backend import logs
-from ml_backend.service import Service, TaskImage
+from ml_backend.images import TaskImage
 from ml_backend.settings import Settings
+
+if TYPE_CHECKING:  # a worker that waits shall not hold torch in memory
+    from ml_backend.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +51,19 @@ def enqueue_encoding(connection: redis.Redis, images: Sequence[TaskImage]) -> No
     )
 
 
+def encode_later(service: Service, images: list[TaskImage]) -> int:
+    """Have images encoded by the worker, or by this process where no Redis answers. Returns how many are queued."""
+    if service.settings.redis_url is not None:
+        try:
+            enqueue_encoding(connect(service.settings.redis_url), images)
+            return len(images)
+        except redis.RedisError as error:
+            log.warning(
+                "Redis does not answer (%s): images are encoded by this process, as many as it can queue", error
+            )
+    return sum(service.warm(image) for image in images)
+
+
 def _enqueue(queue: Queue, function: Callable[..., None], args: Sequence[object], job_id: str) -> None:
     """Queue one job under an id that names its work; queued already is as good."""
     with contextlib.suppress(DuplicateJobError):
@@ -68,9 +85,9 @@ def _digest(value: object) -> str:
 
 def spread(pairs: list[tuple[int | None, str]]) -> None:
     """Queue one `encode` job for each image of an import."""
-    job = get_current_job(serializer=JSONSerializer)
-    assert job is not None
-    queue = Queue(ENCODE, connection=job.connection, serializer=JSONSerializer)
+    url = Settings().redis_url
+    assert url is not None, "a job runs where there is a Redis"
+    queue = Queue(ENCODE, connection=connect(url), serializer=JSONSerializer)
     for task_id, uri in pairs:
         _enqueue(queue, encode, [task_id, uri], f"encode-{task_id}-{_digest(uri)}")
 
@@ -78,6 +95,8 @@ def spread(pairs: list[tuple[int | None, str]]) -> None:
 @functools.cache
 def _service() -> Service:
     """The worker process's own service, loaded at its first job."""
+    from ml_backend.service import Service
+
     return Service(Settings())
 
 

@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +20,7 @@ from ml_backend import metrics
 from ml_backend.answers import AnswerStore
 from ml_backend.embeddings import EmbeddingCache
 from ml_backend.fetch import Fetcher
-from ml_backend.images import ImageInfo, ImageSource
+from ml_backend.images import ImageInfo, ImageSource, TaskImage
 from ml_backend.settings import Settings
 from model.proposals import whole_image
 from model.segmenter import Encoded, Segmenter, State, load_segmenter, predict, version_of
@@ -111,14 +110,6 @@ def timed(step: str) -> Iterator[None]:
         yield
     finally:
         metrics.STEP.labels(step).observe(time.perf_counter() - start)
-
-
-@dataclass(frozen=True, slots=True)
-class TaskImage:
-    """Where a task's image is: the task (for storages that Label Studio resolves) and the address in its data."""
-
-    task_id: int | None
-    uri: str
 
 
 class Service:

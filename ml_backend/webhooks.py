@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import redis
-
 from ml_backend import metrics
-from ml_backend.jobs import connect, enqueue_encoding
+from ml_backend.images import TaskImage
+from ml_backend.jobs import encode_later
 from ml_backend.label_config import read_config
 from ml_backend.label_studio import read_batch, read_submitted
-from ml_backend.service import Service, TaskImage
+from ml_backend.service import Service
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
@@ -62,19 +61,6 @@ def _encode_tasks(service: Service, event: dict[str, Any]) -> int:
         log.warning("imported tasks are not encoded ahead: %s", refusal)
         return 0
     return encode_later(service, images)
-
-
-def encode_later(service: Service, images: list[TaskImage]) -> int:
-    """Have images encoded by the worker, or by this process where no Redis answers. Returns how many are queued."""
-    if service.settings.redis_url is not None:
-        try:
-            enqueue_encoding(connect(service.settings.redis_url), images)
-            return len(images)
-        except redis.RedisError as error:
-            log.warning(
-                "Redis does not answer (%s): images are encoded by this process, as many as it can queue", error
-            )
-    return sum(service.warm(image) for image in images)
 
 
 def _count_regions(service: Service, annotation: object) -> None:

@@ -7,6 +7,7 @@ the masks (IoU under 0.99), so they are not offered.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -16,11 +17,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model.light.network import SIDE, ImageEncoder
 
 log = logging.getLogger(__name__)
+
+_MODEL = "encoder.xml"
 
 
 class EncoderRuntime(Protocol):
@@ -52,26 +56,23 @@ class TorchEncoder:
 class OpenVinoEncoder:
     """The network compiled by OpenVINO for this CPU, in fp32."""
 
-    def __init__(self, encoder: ImageEncoder, digest: str, threads: int, folder: Path | None) -> None:
-        """Compile `encoder`, or read what an earlier start left in `folder` for this digest and OpenVINO."""
+    def __init__(self, weights: Path, digest: str, threads: int, folder: Path) -> None:
+        """Compile the encoder in `weights`; `folder` keeps its export for the next start.
+
+        Raises:
+            ImportError, RuntimeError: OpenVINO does not run here, or the export failed.
+        """
         import openvino as ov
 
         self.name = "openvino-fp32"
         self._lock = threading.Lock()
-        core = ov.Core()
-        exported = folder / f"encoder-{digest[:16]}-openvino-{ov.__version__.split('-')[0]}" if folder else None
-        if exported is not None and (exported / "encoder.xml").is_file():
-            model = core.read_model(exported / "encoder.xml")
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # tracing warns that window sizes become constants, as they shall
-                model = ov.convert_model(encoder, example_input=torch.zeros(1, 3, SIDE, SIDE), input=[1, 3, SIDE, SIDE])
-            if exported is not None:
-                _publish(lambda to: ov.save_model(model, to / "encoder.xml", compress_to_fp16=False), exported)
+        exported = folder / f"encoder-{digest[:16]}-openvino-{ov.__version__.split('-')[0]}"
+        if not (exported / _MODEL).is_file():
+            _export_apart(weights, exported)
         config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if threads:
             config["INFERENCE_NUM_THREADS"] = str(threads)
-        self._request = core.compile_model(model, "CPU", config).create_infer_request()
+        self._request = ov.Core().compile_model(exported / _MODEL, "CPU", config).create_infer_request()
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the embedding 1, 256, 64, 64 in fp32; one call runs at a time."""
@@ -79,31 +80,56 @@ class OpenVinoEncoder:
             return torch.from_numpy(self._request.infer([pixels.numpy()])[0].copy())
 
 
-def _publish(write: object, folder: Path) -> None:
-    """Write into a neighbour folder, then rename, so that no other process reads half a model."""
+def _export_apart(weights: Path, folder: Path) -> None:
+    """Export in a process of its own: tracing takes a gigabyte that a serving process would never give back."""
+    process = multiprocessing.get_context("spawn").Process(target=_export, args=(weights, folder))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the encoder could not be exported into {folder} (exit status {process.exitcode})")
+
+
+def _export(weights: Path, folder: Path) -> None:
+    """Write the encoder in OpenVINO's format into a neighbour folder, then rename: nobody reads half a model."""
+    import openvino as ov
+
+    encoder = ImageEncoder()
+    prefix = "image_encoder."
+    state = {k.removeprefix(prefix): v.float() for k, v in load_file(weights).items() if k.startswith(prefix)}
+    encoder.load_state_dict(state, strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns that window sizes become constants, as they shall
+        model = ov.convert_model(encoder.eval(), example_input=torch.zeros(1, 3, SIDE, SIDE), input=[1, 3, SIDE, SIDE])
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
     try:
-        write(draft)  # type: ignore[operator]
+        ov.save_model(model, draft / _MODEL, compress_to_fp16=False)
         os.replace(draft, folder)
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)
-        if not folder.is_dir():
-            log.warning("the compiled encoder could not be kept in %s; it is compiled anew at the next start", folder)
+        if not (folder / _MODEL).is_file():  # else another process was sooner
+            raise
 
 
 def make_encoder(
-    encoder: ImageEncoder, *, digest: str, device: torch.device, choice: str, threads: int, compiled: Path | None
+    encoder: ImageEncoder,
+    *,
+    weights: Path,
+    digest: str,
+    device: torch.device,
+    choice: str,
+    threads: int,
+    compiled: Path | None,
 ) -> EncoderRuntime:
     """Return the runtime that `choice` names: `fast`, `exact`, or `auto` (fast on a CPU where it works).
 
     Raises:
         ImportError, RuntimeError: `fast` was asked for and OpenVINO does not run here.
     """
-    if device.type == "cuda" or choice == "exact":
+    if device.type == "cuda" or choice == "exact" or (compiled is None and choice == "auto"):
         return TorchEncoder(encoder, device)
     try:
-        return OpenVinoEncoder(encoder, digest, threads, compiled)
+        return OpenVinoEncoder(weights, digest, threads, compiled or Path(tempfile.gettempdir()) / "graco-compiled")
     except (ImportError, RuntimeError) as error:
         if choice == "fast":
             raise

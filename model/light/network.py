@@ -258,25 +258,10 @@ class MaskDecoder(nn.Module):
 
 
 class LightNetwork(nn.Module):
-    """The three parts together; encoder and decoder are called apart."""
+    """The three parts under one state dict; they are called apart."""
 
     def __init__(self) -> None:
         super().__init__()
         self.image_encoder = ImageEncoder()
         self.prompt_encoder = PromptEncoder()
         self.mask_decoder = MaskDecoder()
-
-    def decode(self, embedding: Tensor, xy: Tensor, kinds: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return logits B, 4, 256, 256 and expected IoUs B, 4 for B prompts on one image.
-
-        Args:
-            embedding: 1 or B, 256, 64, 64.
-            xy: points, B, N, 2, pixels of the resized image.
-            kinds: what each point is, B, N (`POINT_*`, `BOX_*`).
-            previous: logits of the answer to all clicks but the last, B, 1, 256, 256.
-        """
-        image = (embedding + self.prompt_encoder.dense(previous)).expand(len(xy), -1, -1, -1)
-        logits, scores = self.mask_decoder(
-            image, self.prompt_encoder.grid_position(), self.prompt_encoder.points(xy, kinds)
-        )
-        return logits, scores

@@ -28,6 +28,8 @@ from model.light.network import (
     POINT_POSITIVE,
     SIDE,
     LightNetwork,
+    MaskDecoder,
+    PromptEncoder,
 )
 from model.segmenter import Device, Encoded, EncoderChoice, digest_of, read_weights
 from model.types import Granularity, Prediction, Prompt, Proposal, Refusal, RGBImage
@@ -67,9 +69,17 @@ def rank_of(granularity: Granularity) -> int:
 class LightSegmenter:
     """TinyViT + SAM decoder; see `model.segmenter.Segmenter` for what the methods mean."""
 
-    def __init__(self, network: LightNetwork, encoder: EncoderRuntime, *, digest: str, device: torch.device) -> None:
-        """Take a network in eval mode and the runtime of its encoder."""
-        self._network = network
+    def __init__(
+        self,
+        prompt_encoder: PromptEncoder,
+        mask_decoder: MaskDecoder,
+        encoder: EncoderRuntime,
+        digest: str,
+        device: torch.device,
+    ) -> None:
+        """Take the network's parts in eval mode, on their device, and the digest of its weights."""
+        self._prompt_encoder = prompt_encoder
+        self._mask_decoder = mask_decoder
         self._encoder = encoder
         self._digest = digest
         self._device = device
@@ -102,11 +112,15 @@ class LightSegmenter:
             torch.set_num_threads(threads)
         digest = digest_of(data)
         runtime = make_encoder(
-            network.image_encoder, digest=digest, device=target, choice=encoder, threads=threads, compiled=compiled
+            network.image_encoder,
+            weights=weights,
+            digest=digest,
+            device=target,
+            choice=encoder,
+            threads=threads,
+            compiled=compiled,
         )
-        network.prompt_encoder.to(target)
-        network.mask_decoder.to(target)
-        return cls(network, runtime, digest=digest, device=target)
+        return cls(network.prompt_encoder.to(target), network.mask_decoder.to(target), runtime, digest, target)
 
     @property
     def version(self) -> str:
@@ -137,7 +151,9 @@ class LightSegmenter:
             previous = torch.from_numpy(state.logits[shown]).to(self._device)[None, None]
         with self._decoding, torch.inference_mode():
             embedding = encoded.tensors["embedding"].to(self._device).float()
-            logits, scores = self._network.decode(embedding, xy.to(self._device), kinds.to(self._device), previous)
+            points = self._prompt_encoder.points(xy.to(self._device), kinds.to(self._device))
+            image = embedding + self._prompt_encoder.dense(previous)
+            logits, scores = self._mask_decoder(image, self._prompt_encoder.grid_position(), points)
         values = logits[0].float().cpu().numpy()
         height, width = (-(-size * values.shape[1] // SIDE) for size in fit.resized)
         areas = [np.count_nonzero(values[token, :height, :width] > 0) for token in _MULTI]

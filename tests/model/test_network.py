@@ -48,7 +48,9 @@ def test_the_bundled_weights_reproduce_the_recorded_numbers_of_the_published_mod
     with torch.inference_mode():
         embedding = network.image_encoder(pixels_of(shared / "data" / str(golden["image_file"])))
         xy = torch.cat([torch.from_numpy(golden["point_xy_1024"]), torch.zeros(1, 1, 2)], dim=1)
-        logits, scores = network.decode(embedding, xy, torch.tensor([[1, -1]]), None)
+        prompts = network.prompt_encoder
+        points = prompts.points(xy, torch.tensor([[1, -1]]))
+        logits, scores = network.mask_decoder(embedding + prompts.dense(None), prompts.grid_position(), points)
     np.testing.assert_allclose(embedding[0, :, ::8, ::8], golden["embedding_grid8"], atol=EMBEDDING_TOLERANCE)
     np.testing.assert_allclose(logits[0, 1:], golden["low_res_masks_multi"].astype(float), atol=LOGITS_TOLERANCE)
     np.testing.assert_allclose(logits[0, :1], golden["low_res_mask_single"].astype(float), atol=LOGITS_TOLERANCE)
@@ -138,7 +140,7 @@ def test_the_fast_encoder_gives_the_masks_of_the_torch_path(segmenter, shared, t
 
 def test_the_compiled_encoder_is_kept_and_used_by_the_next_start(tmp_path, network):
     for _ in range(2):
-        encoder = OpenVinoEncoder(network.image_encoder, "0" * 64, 1, tmp_path)
+        encoder = OpenVinoEncoder(WEIGHTS, "0" * 64, 1, tmp_path)
     kept = list(tmp_path.rglob("encoder.xml"))
     assert len(kept) == 1
     assert not list(tmp_path.glob(".draft-*"))

@@ -1,0 +1,64 @@
+"""The model class for those who host it with label-studio-ml: the same core behind that framework's methods.
+
+Our own server does not use it (docs/adr/0002-label-studio-ml.md). The framework may build the class anew for each
+request, so it holds nothing; the service does. Works with label-studio-ml 1.0.9 and 2.x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from label_studio_ml.model import LabelStudioMLBase
+
+from ml_backend.label_config import read_config
+from ml_backend.predictions import predict_tasks
+from ml_backend.service import Service
+from ml_backend.webhooks import handle_event
+from model.types import Refusal
+
+
+def make_backend(service: Service) -> type[LabelStudioMLBase]:
+    """Return the class that label-studio-ml hosts, answering from `service`."""
+
+    class GraCoBackend(LabelStudioMLBase):  # type: ignore[misc]
+        """GraCo over one service shared by all its instances."""
+
+        TRAIN_EVENTS = (  # 1.0.9 hands over only these
+            "ANNOTATION_CREATED",
+            "ANNOTATION_UPDATED",
+            "ANNOTATIONS_CREATED",
+            "ANNOTATIONS_DELETED",
+            "PROJECT_UPDATED",
+            "START_TRAINING",
+            "TASKS_CREATED",
+        )
+
+        def setup(self) -> None:
+            """Tell 2.x our version; it calls this whenever it builds the class."""
+            self.set("model_version", service.model_version)
+
+        def predict(
+            self, tasks: list[dict[str, Any]], context: dict[str, Any] | None = None, **kwargs: Any
+        ) -> list[dict[str, Any]]:
+            """Return one result per task; see `ml_backend.predictions.predict_tasks`.
+
+            Raises:
+                Refusal: there is no labelling configuration yet.
+            """
+            if not self.label_config:
+                raise Refusal("no labelling configuration: connect the backend in the project's settings first")
+            config = read_config(self.label_config)
+            project = kwargs.get("project")
+            return predict_tasks(service, config, tasks, context, project=None if project is None else str(project))
+
+        def fit(self, event: str, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+            """Act on one of Label Studio's events; see `ml_backend.webhooks.handle_event`."""
+            return handle_event(service, {**data, "action": event})
+
+        def process_event(
+            self, event: str, data: dict[str, Any], job_id: str, additional_params: dict[str, Any]
+        ) -> dict[str, Any] | None:
+            """Call `fit` as 2.x does, where 1.0.9 would put an empty list of tasks before the event."""
+            return self.fit(event, data, job_id=job_id, **additional_params) if event in self.TRAIN_EVENTS else None
+
+    return GraCoBackend

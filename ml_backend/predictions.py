@@ -1,0 +1,218 @@
+"""From the tasks of a /predict request to its results: read, find the image, ask the model, write, remember.
+
+One item per task comes back whatever happens. A task we cannot serve gets an empty result with the reason, which is
+also logged: Label Studio shows an annotator nothing of errors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from ml_backend import metrics
+from ml_backend.answers import Answer
+from ml_backend.images import ImageInfo, TaskImage, check_size
+from ml_backend.jobs import encode_later
+from ml_backend.label_config import LabelConfig, OutputKind, OutputTag
+from ml_backend.label_studio import (
+    Ask,
+    Json,
+    answer,
+    choose_output,
+    empty_answer,
+    read_ask,
+    read_batch,
+    shape_digest,
+    shape_values,
+    write_regions,
+)
+from ml_backend.service import Service, timed
+from model.types import Granularity, Prediction, Prompt, Refusal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Shaped:
+    """A proposal as the shapes of one kind of region, ready to be labelled and sent."""
+
+    values: list[Json]
+    digests: list[str]  # of each value
+    score: float
+    granularity: Granularity | None
+
+
+def predict_tasks(
+    service: Service, config: LabelConfig, tasks: Sequence[Json], context: Json | None, *, project: str | None
+) -> list[Json]:
+    """Return one result per task: the answer to an annotator's clicks, or with no context a batch prediction.
+
+    Args:
+        service: the model and its caches.
+        config: the project's labelling configuration.
+        tasks: as Label Studio sends them; only id, data and, with a per-task number, drafts are read.
+        context: what the annotator drew; None: a batch.
+        project: remembered with the answers.
+    """
+    if context is None:
+        return _batch(service, config, tasks, project)
+    return [_interactive(service, config, task, context, project) for task in tasks]
+
+
+def _interactive(service: Service, config: LabelConfig, task: Json, context: Json, project: str | None) -> Json:
+    start = time.perf_counter()
+    default = service.settings.default_granularity
+    try:
+        ask = read_ask(
+            config,
+            task,
+            context,
+            default_granularity=None if default is None else Granularity.from_value(default),
+        )
+        if ask is None:  # the editor asks so by itself after each submit
+            metrics.PREDICTIONS.labels("nothing_asked").inc()
+            return empty_answer(service.model_version)
+        if ask.phrase:
+            log.warning(
+                "task %s: phrase %r is not understood by this version; the clicks decide", ask.task_id, ask.phrase
+            )
+        output = choose_output(config, ask.to_name, ask.class_label)
+        image = TaskImage(ask.task_id, ask.uri)
+        info = service.identify(image)
+        check_size(info, ask.width, ask.height)
+        shaped = _shaped(service, image, info, ask.prompt, output.kind)
+        regions = _write(service, config, ask, output, info, shaped, project)
+    except Refusal as refusal:
+        metrics.PREDICTIONS.labels("refused").inc()
+        log.warning("task %s is answered with nothing: %s", task.get("id"), refusal)
+        return empty_answer(service.model_version, str(refusal))
+    if not regions:
+        metrics.PREDICTIONS.labels("refused").inc()
+        reason = "the model finds nothing at these clicks; click inside the object, or draw a box around it"
+        log.warning("task %s is answered with nothing: %s", task.get("id"), reason)
+        return empty_answer(service.model_version, reason)
+    metrics.PREDICTIONS.labels("answered").inc()
+    log.info(
+        "task %s: %d clicks, level %s, %d regions in %.0f ms",
+        *(ask.task_id, len(ask.prompt.clicks), ask.level, len(regions), (time.perf_counter() - start) * 1000),
+    )
+    return answer(regions, shaped[0].score, service.model_version)
+
+
+def _shaped(
+    service: Service, image: TaskImage, info: ImageInfo, prompt: Prompt, kind: OutputKind
+) -> tuple[Shaped, ...]:
+    proposals = service.settings.propose
+
+    def make() -> tuple[Shaped, ...]:
+        return _shape(service.answer(image, info, prompt, proposals=proposals), kind)
+
+    return service.once((info.id, prompt, kind, proposals), make, _weigh)
+
+
+def _shape(prediction: Prediction, kind: OutputKind) -> tuple[Shaped, ...]:
+    with timed("shape"):
+        shaped = []
+        for proposal in prediction.proposals:
+            values = shape_values(kind, proposal.mask)
+            digests = [shape_digest(value) for value in values]
+            shaped.append(Shaped(values, digests, proposal.score, proposal.granularity))
+        return tuple(shaped)
+
+
+def _weigh(shaped: tuple[Shaped, ...]) -> int:
+    """Return roughly the bytes that kept shapes take: a list's entry is a pointer, a point two numbers and a list."""
+    values = [value for one in shaped for value in one.values]
+    return 500 + sum(
+        8 * len(value.get("rle", ())) + len(value.get("imageDataURL", "")) + 120 * len(value.get("points", ()))
+        for value in values
+    )
+
+
+def _write(
+    service: Service,
+    config: LabelConfig,
+    ask: Ask,
+    output: OutputTag,
+    info: ImageInfo,
+    shaped: Sequence[Shaped],
+    project: str | None,
+) -> list[Json]:
+    """Return the regions of all proposals, and remember each one."""
+    prompt = json.dumps(asdict(ask.prompt))
+    regions: list[Json] = []
+    answers: list[Answer] = []
+    for index, one in enumerate(shaped):
+        written = write_regions(
+            ask,
+            config,
+            output,
+            one.values,
+            model_version=service.model_version,
+            score=one.score,
+            granularity=one.granularity,
+            index=index,
+        )
+        regions += written
+        ids = dict.fromkeys(region["id"] for region in written)  # in order, one for each value
+        granularity = one.granularity.value if one.granularity else ask.level
+        answers += [
+            Answer(
+                region_id=region_id,
+                project=project,
+                task_id=ask.task_id,
+                image_id=info.id,
+                digest=digest,
+                prompt=prompt,
+                granularity=granularity,
+                model_version=service.model_version,
+            )
+            for region_id, digest in zip(ids, one.digests, strict=True)
+        ]
+    service.answers.remember(answers)
+    return regions
+
+
+def _batch(service: Service, config: LabelConfig, tasks: Sequence[Json], project: str | None) -> list[Json]:
+    """Return whole-image proposals where the operator wants them; else have the images encoded and return nothing."""
+    if not service.settings.prelabel:
+        images = [image for task in tasks for image in _images(config, task)]
+        if len(tasks) == 1:  # a task was opened: its first click is near
+            for image in images:
+                service.warm(image)
+        elif images:
+            encode_later(service, images)
+        return [empty_answer(service.model_version) for _ in tasks]
+    deadline_s = time.monotonic() + service.settings.prelabel_limit_s
+    return [_prelabel(service, config, task, project, deadline_s) for task in tasks]
+
+
+def _images(config: LabelConfig, task: Json) -> list[TaskImage]:
+    try:
+        return [TaskImage(ask.task_id, ask.uri) for ask in read_batch(config, task)]
+    except Refusal as refusal:
+        log.warning("task %s: %s", task.get("id"), refusal)
+        return []
+
+
+def _prelabel(service: Service, config: LabelConfig, task: Json, project: str | None, deadline_s: float) -> Json:
+    regions: list[Json] = []
+    scores: list[float] = []
+    try:
+        for batch in read_batch(config, task):
+            if time.monotonic() > deadline_s:
+                raise Refusal("no time is left for this task; retrieve predictions for fewer tasks at once")
+            output = choose_output(config, batch.to_name, None)
+            proposals, info = service.propose(TaskImage(batch.task_id, batch.uri), deadline_s=deadline_s)
+            shaped = _shape(Prediction(proposals=proposals), output.kind)
+            scores += [one.score for one in shaped]
+            regions += _write(service, config, batch.sized(info.width, info.height), output, info, shaped, project)
+    except Refusal as refusal:
+        metrics.PREDICTIONS.labels("refused").inc()
+        log.warning("task %s gets no prediction: %s", task.get("id"), refusal)
+        return empty_answer(service.model_version, str(refusal))
+    metrics.PREDICTIONS.labels("answered").inc()
+    return answer(regions, sum(scores) / len(scores) if scores else 0.0, service.model_version)
