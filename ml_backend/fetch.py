@@ -719,6 +719,10 @@ class Fetcher:
             if "/resolve/" in url.path:
                 what = "no storage of the task's project holds it"
             return Refusal(f"Label Studio answered {status}: {what}, or the token's user may not see it; check both")
+        if status == 424:
+            return Refusal(
+                "Label Studio cannot read the file from its storage; check the key and the storage's credentials"
+            )
         if status == 500 and "/data/upload/" in url.path:  # 1.23 fails so when it does not know the file
             return Refusal(
                 "Label Studio answered 500, as it does for an upload that was deleted; import the file again"

@@ -552,6 +552,7 @@ def test_being_sent_to_log_in_is_a_401(studio):
         (403, "/data/upload/x", "may not see it"),
         (404, "/data/upload/x", "not there"),
         (404, "/tasks/1/resolve/?fileuri=x", "no storage of the task's project"),
+        (424, "/tasks/1/resolve/?fileuri=x", "storage's credentials"),
         (500, "/data/upload/x", "deleted"),
         (502, "/data/upload/x", "502; try again"),
         (304, "/data/upload/x", "304"),
