@@ -336,10 +336,13 @@ def _secure(url: _Url, sock: socket.socket, deadline: Deadline) -> socket.socket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
+class Answer:
+    """What an HTTP server said."""
+
     status: int
-    location: str | None
-    body: bytes
+    location: str | None  # where it redirects to
+    date: str | None  # by the server's clock
+    body: bytes  # empty unless the status is 200
 
 
 def _request(
@@ -350,7 +353,7 @@ def _request(
     max_bytes: int,
     authorization: str | None = None,
     content: bytes | None = None,
-) -> _Answer:
+) -> Answer:
     """Send one request and return its answer; the body is read only if the status is 200.
 
     Raises:
@@ -386,8 +389,9 @@ def _request(
 
 def _read_answer(
     connection: h11.Connection, sock: socket.socket, url: _Url, deadline: Deadline, max_bytes: int
-) -> _Answer:
+) -> Answer:
     body = bytearray()
+    date: str | None = None
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
@@ -395,17 +399,18 @@ def _read_answer(
             connection.receive_data(sock.recv(_CHUNK))
         elif isinstance(event, h11.Response):
             headers = {name.decode("ascii").lower(): value for name, value in event.headers}
+            date = headers["date"].decode("latin-1") if "date" in headers else None
             if event.status_code != 200:
                 location = headers.get("location")
                 text = location.decode("utf-8", "replace") if location is not None else None
-                return _Answer(status=event.status_code, location=text, body=b"")
+                return Answer(status=event.status_code, location=text, date=date, body=b"")
             _check_headers(headers, url, max_bytes)
         elif isinstance(event, h11.Data):
             if len(body) + len(event.data) > max_bytes:
                 raise _too_many(f"more than {max_bytes} bytes")
             body += event.data
         elif isinstance(event, h11.EndOfMessage):
-            return _Answer(status=200, location=None, body=bytes(body))
+            return Answer(status=200, location=None, date=date, body=bytes(body))
         elif not isinstance(event, h11.InformationalResponse):  # closed before any answer
             raise Refusal(f"{url.site} closed the connection without an answer; try again")
 
@@ -592,6 +597,28 @@ class Fetcher:
             raise Refusal(f"{_name(uri)} was not fetched: {_late(deadline)}") from None
         log.debug("fetched %s: %d bytes in %.0f ms", _name(uri), len(body), (time.perf_counter() - start) * 1e3)
         return body
+
+    def ask(self, path: str, *, timeout_s: float = 5) -> Answer:
+        """Return Label Studio's answer to a GET of one of its paths, such as /api/version; redirects are its answer.
+
+        Raises:
+            Refusal: no address is known, or there is no answer in time.
+        """
+        if self._own is None:
+            raise Refusal("LABEL_STUDIO_URL is not set; set it to Label Studio's address as seen from here")
+        deadline = Deadline(timeout_s)
+        try:
+            return _request(
+                _read_url(f"{self._own.site}{self._prefix}{path}"),
+                deadline=deadline,
+                guard=None,
+                max_bytes=self._max_bytes,
+                authorization=self.auth.header(deadline) if self.auth else None,
+            )
+        except TimeoutError:
+            raise Refusal(
+                f"{self._own.site} did not answer within {timeout_s:g} s; check the address, and that it is not busy"
+            ) from None
 
     def _decode(self, uri: str) -> bytes:
         head = _DATA_URL.match(uri, 0, 512)
