@@ -14,13 +14,17 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.light.network import SIDE, ImageEncoder
+from model.light.network import SIDE
+from model.light.weights import IMAGE_ENCODER, load_part
+
+if TYPE_CHECKING:
+    from model.light.image_encoder import ImageEncoder
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +40,18 @@ class EncoderRuntime(Protocol):
         """Return the embedding, fp32 on the CPU or on the device of `pixels`."""
 
 
+def _load_encoder(weights: Path) -> ImageEncoder:
+    from model.light.image_encoder import ImageEncoder  # brings timm, which OpenVINO can do without
+
+    return load_part(ImageEncoder(), load_file(weights), IMAGE_ENCODER)
+
+
 class TorchEncoder:
     """The network as torch runs it: fp32 on a CPU (the reference), half precision on a GPU."""
 
-    def __init__(self, encoder: ImageEncoder, device: torch.device) -> None:
+    def __init__(self, weights: Path, device: torch.device) -> None:
+        """Load the encoder in `weights` onto `device`."""
+        encoder = _load_encoder(weights)
         self.half = device.type == "cuda"
         self.name = "torch-fp16" if self.half else "torch-fp32"
         self._encoder = (encoder.half() if self.half else encoder.to(memory_format=torch.channels_last)).to(device)
@@ -93,10 +105,7 @@ def _export(weights: Path, folder: Path) -> None:
     """Write the encoder in OpenVINO's format into a neighbour folder, then rename: nobody reads half a model."""
     import openvino as ov
 
-    encoder = ImageEncoder()
-    prefix = "image_encoder."
-    state = {k.removeprefix(prefix): v.float() for k, v in load_file(weights).items() if k.startswith(prefix)}
-    encoder.load_state_dict(state, strict=True)
+    encoder = _load_encoder(weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns that window sizes become constants, as they shall
         model = ov.convert_model(encoder.eval(), example_input=torch.zeros(1, 3, SIDE, SIDE), input=[1, 3, SIDE, SIDE])
@@ -112,9 +121,8 @@ def _export(weights: Path, folder: Path) -> None:
 
 
 def make_encoder(
-    encoder: ImageEncoder,
-    *,
     weights: Path,
+    *,
     digest: str,
     device: torch.device,
     choice: str,
@@ -127,11 +135,11 @@ def make_encoder(
         ImportError, RuntimeError: `fast` was asked for and OpenVINO does not run here.
     """
     if device.type == "cuda" or choice == "exact" or (compiled is None and choice == "auto"):
-        return TorchEncoder(encoder, device)
+        return TorchEncoder(weights, device)
     try:
         return OpenVinoEncoder(weights, digest, threads, compiled or Path(tempfile.gettempdir()) / "graco-compiled")
     except (ImportError, RuntimeError) as error:
         if choice == "fast":
             raise
         log.warning("OpenVINO does not run here (%s); images are encoded by torch, about half as fast", error)
-        return TorchEncoder(encoder, device)
+        return TorchEncoder(weights, device)

@@ -27,10 +27,10 @@ from model.light.network import (
     POINT_PADDING,
     POINT_POSITIVE,
     SIDE,
-    LightNetwork,
     MaskDecoder,
     PromptEncoder,
 )
+from model.light.weights import MASK_DECODER, PROMPT_ENCODER, load_part
 from model.segmenter import Device, Encoded, EncoderChoice, digest_of, read_weights
 from model.types import Granularity, Prediction, Prompt, Proposal, Refusal, RGBImage
 
@@ -102,25 +102,23 @@ class LightSegmenter:
             tensors = load(data)
         except SafetensorError as error:
             raise Refusal(f"weights {weights} are damaged ({error}); restore the file from the repository") from error
-        network = LightNetwork()
         try:
-            network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
-        except RuntimeError as error:
-            raise Refusal(f"weights {weights} are not of the light family: {error}") from error
-        network.eval().requires_grad_(False)
+            prompt_encoder = load_part(PromptEncoder(), tensors, PROMPT_ENCODER).to(target)
+            mask_decoder = load_part(MaskDecoder(), tensors, MASK_DECODER).to(target)
+        except Refusal as refusal:
+            raise Refusal(f"weights {weights}: {refusal}") from refusal
         if threads:
             torch.set_num_threads(threads)
         digest = digest_of(data)
         runtime = make_encoder(
-            network.image_encoder,
-            weights=weights,
+            weights,
             digest=digest,
             device=target,
             choice=encoder,
             threads=threads,
             compiled=compiled,
         )
-        return cls(network.prompt_encoder.to(target), network.mask_decoder.to(target), runtime, digest, target)
+        return cls(prompt_encoder, mask_decoder, runtime, digest, target)
 
     @property
     def version(self) -> str:
@@ -138,7 +136,7 @@ class LightSegmenter:
         resized = torch.from_numpy(fit.resize(image).copy()).permute(2, 0, 1).float()
         pixels = torch.zeros(1, 3, SIDE, SIDE)
         pixels[0, :, : resized.shape[1], : resized.shape[2]] = (resized - _MEAN) / _STD
-        return Encoded({"embedding": self._encoder(pixels).half().cpu()}, fit.height, fit.width)
+        return Encoded({"embedding": self._encoder(pixels).half().cpu().contiguous()}, fit.height, fit.width)
 
     def step(self, encoded: Encoded, prompt: Prompt, state: LightState | None) -> LightState:
         """Return the decoder's answer to all clicks of `prompt`, the chosen mask of `state` as its previous mask."""

@@ -1,4 +1,4 @@
-"""Published MobileSAM tensors to the state dict of `LightNetwork`, strictly.
+"""The tensors of the `light` family: one file for its three parts, loaded strictly; and from published MobileSAM ones.
 
 Source: key names of the official `mobile_sam.pt` (MobileSAM, arXiv 2306.14289).
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.light.network import ImageEncoder, LightNetwork, fuse_norms
+from model.light.network import MaskDecoder, PromptEncoder
 from model.types import Refusal
 
 _ENCODER_NAMES = (
@@ -25,8 +26,28 @@ _ENCODER_NAMES = (
 _UNUSED = ("image_encoder.head.", "image_encoder.norm_head.")  # the classifier TinyViT was trained with
 
 
+Part = TypeVar("Part", bound=nn.Module)
+
+IMAGE_ENCODER, PROMPT_ENCODER, MASK_DECODER = "image_encoder", "prompt_encoder", "mask_decoder"
+
+
+def load_part(part: Part, tensors: dict[str, Tensor], name: str) -> Part:
+    """Return `part` in eval mode with its tensors (those under `name.`, any precision) as fp32, not to be trained.
+
+    Raises:
+        Refusal: a tensor is missing, left over, or of another shape.
+    """
+    prefix = f"{name}."
+    own = {key.removeprefix(prefix): value.float() for key, value in tensors.items() if key.startswith(prefix)}
+    try:
+        part.load_state_dict(own, strict=True)
+    except RuntimeError as error:
+        raise Refusal(f"these tensors do not make the {name} of the light family: {error}") from error
+    return part.eval().requires_grad_(False)
+
+
 def from_mobile_sam(published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict of `LightNetwork` (fp32) that computes what the published tensors compute.
+    """Return tensors under our names (fp32) that compute what the published ones compute.
 
     Args:
         published: tensors under the names of `mobile_sam.pt`.
@@ -34,6 +55,8 @@ def from_mobile_sam(published: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         Refusal: a tensor is missing, left over, or of another shape.
     """
+    from model.light.image_encoder import ImageEncoder, fuse_norms  # brings timm
+
     encoder: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     for key, value in published.items():
@@ -43,7 +66,7 @@ def from_mobile_sam(published: dict[str, Tensor]) -> dict[str, Tensor]:
         if room == "image_encoder":
             for pattern, replacement in _ENCODER_NAMES:
                 name = re.sub(pattern, replacement, name)
-            encoder[name] = value
+            encoder[f"{IMAGE_ENCODER}.{name}"] = value
         else:
             rest[key] = value
     kinds = [rest.pop(f"prompt_encoder.point_embeddings.{i}.weight", torch.empty(0, 256)) for i in range(4)]
@@ -58,16 +81,19 @@ def from_mobile_sam(published: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in rest.items():
         renamed[key.replace(".mlp.lin1.", ".mlp.layers.0.").replace(".mlp.lin2.", ".mlp.layers.1.")] = value
 
-    unfolded = ImageEncoder(folded=False)
-    network = LightNetwork()
-    try:
-        unfolded.load_state_dict({k: v.float() for k, v in encoder.items()}, strict=True)
-        fuse_norms(unfolded.eval())
-        folded = {f"image_encoder.{k}": v for k, v in unfolded.state_dict().items()}
-        network.load_state_dict(folded | {k: v.float() for k, v in renamed.items()}, strict=True)
-    except RuntimeError as error:
-        raise Refusal(f"these are not the tensors of a MobileSAM vit_t checkpoint: {error}") from error
-    return network.state_dict()
+    unfolded = load_part(ImageEncoder(folded=False), encoder, IMAGE_ENCODER)
+    fuse_norms(unfolded)
+    parts = {
+        IMAGE_ENCODER: unfolded,
+        PROMPT_ENCODER: load_part(PromptEncoder(), renamed, PROMPT_ENCODER),
+        MASK_DECODER: load_part(MaskDecoder(), renamed, MASK_DECODER),
+    }
+    known = tuple(f"{name}." for name in parts)
+    if strangers := [key for key in renamed if not key.startswith(known)]:
+        raise Refusal(
+            f"these are not the tensors of a MobileSAM vit_t checkpoint: {', '.join(strangers[:5])} are left over"
+        )
+    return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
 
 
 def pack(published: Path, packed: Path) -> None:

@@ -10,9 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from model.light.encoder import OpenVinoEncoder, TorchEncoder
-from model.light.network import SIDE, ImageEncoder, LightNetwork
+from model.light.image_encoder import ImageEncoder, fuse_norms
+from model.light.network import SIDE, MaskDecoder, PromptEncoder
 from model.light.segmenter import LightSegmenter
-from model.light.weights import from_mobile_sam, pack
+from model.light.weights import IMAGE_ENCODER, MASK_DECODER, PROMPT_ENCODER, from_mobile_sam, load_part, pack
 from model.metrics import iou
 from model.segmenter import load_segmenter, predict
 from model.types import Click, Prompt, Refusal
@@ -20,13 +21,6 @@ from tests.conftest import WEIGHTS
 
 EMBEDDING_TOLERANCE = 2e-3
 LOGITS_TOLERANCE = 0.05
-
-
-@pytest.fixture(scope="module")
-def network() -> LightNetwork:
-    network = LightNetwork()
-    network.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS).items()}, strict=True)
-    return network.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +38,16 @@ def pixels_of(path: Path) -> torch.Tensor:
     return pixels
 
 
-def test_the_bundled_weights_reproduce_the_recorded_numbers_of_the_published_model(network, golden, shared):
+def test_the_bundled_weights_reproduce_the_recorded_numbers_of_the_published_model(golden, shared):
+    tensors = load_file(WEIGHTS)
+    encoder = load_part(ImageEncoder(), tensors, IMAGE_ENCODER)
+    prompts = load_part(PromptEncoder(), tensors, PROMPT_ENCODER)
+    decoder = load_part(MaskDecoder(), tensors, MASK_DECODER)
     with torch.inference_mode():
-        embedding = network.image_encoder(pixels_of(shared / "data" / str(golden["image_file"])))
+        embedding = encoder(pixels_of(shared / "data" / str(golden["image_file"])))
         xy = torch.cat([torch.from_numpy(golden["point_xy_1024"]), torch.zeros(1, 1, 2)], dim=1)
-        prompts = network.prompt_encoder
         points = prompts.points(xy, torch.tensor([[1, -1]]))
-        logits, scores = network.mask_decoder(embedding + prompts.dense(None), prompts.grid_position(), points)
+        logits, scores = decoder(embedding + prompts.dense(None), prompts.grid_position(), points)
     np.testing.assert_allclose(embedding[0, :, ::8, ::8], golden["embedding_grid8"], atol=EMBEDDING_TOLERANCE)
     np.testing.assert_allclose(logits[0, 1:], golden["low_res_masks_multi"].astype(float), atol=LOGITS_TOLERANCE)
     np.testing.assert_allclose(logits[0, :1], golden["low_res_mask_single"].astype(float), atol=LOGITS_TOLERANCE)
@@ -80,7 +77,7 @@ def test_a_checkpoint_with_a_tensor_missing_is_refused_by_name(shared):
     del tensors["mask_decoder.iou_token.weight"]
     with pytest.raises(Refusal, match=r"iou_token\.weight"):
         from_mobile_sam(tensors)
-    with pytest.raises(Refusal, match="not the tensors of a MobileSAM"):
+    with pytest.raises(Refusal, match="do not make the image_encoder"):
         from_mobile_sam({"weights": torch.zeros(3)})
 
 
@@ -107,8 +104,6 @@ def test_folding_the_norms_changes_no_number():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-0.2, 0.2)
             module.running_var.uniform_(0.5, 1.5)
-    from model.light.network import fuse_norms
-
     pixels = torch.randn(1, 3, 256, 256)
     with torch.inference_mode():
         before = unfolded(pixels)
@@ -138,14 +133,14 @@ def test_the_fast_encoder_gives_the_masks_of_the_torch_path(segmenter, shared, t
     assert min(agreements) >= 0.99
 
 
-def test_the_compiled_encoder_is_kept_and_used_by_the_next_start(tmp_path, network):
+def test_the_compiled_encoder_is_kept_and_used_by_the_next_start(tmp_path):
     for _ in range(2):
         encoder = OpenVinoEncoder(WEIGHTS, "0" * 64, 1, tmp_path)
     kept = list(tmp_path.rglob("encoder.xml"))
     assert len(kept) == 1
     assert not list(tmp_path.glob(".draft-*"))
     pixels = torch.randn(1, 3, SIDE, SIDE)
-    reference = TorchEncoder(network.image_encoder, torch.device("cpu"))(pixels)
+    reference = TorchEncoder(WEIGHTS, torch.device("cpu"))(pixels)
     np.testing.assert_allclose(encoder(pixels), reference, atol=1e-4)
 
 
