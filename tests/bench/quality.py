@@ -1,0 +1,58 @@
+"""How good the masks are, and after how many clicks: a simulated annotator on objects people outlined."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+from PIL import Image
+
+from model.metrics import iou, number_of_clicks
+from model.robot import next_click
+from model.segmenter import Segmenter, load_segmenter, predict
+from model.types import Click, Prompt
+from tests.bench.photos import Annotated, annotated
+from tests.bench.report import Row
+from tests.bench.stage import WEIGHTS, Stage
+
+_BUDGET = 10
+
+
+def simulated_annotator(stage: Stage) -> list[Row]:
+    """Correct each object's mask up to 10 times."""
+    segmenter = load_segmenter("light", WEIGHTS, encoder="fast", compiled=stage.compiled)
+    sets = [("COCO objects", annotated("coco-mval", split="val"), stage.count(40, 4))]
+    if stage.full:
+        parts = annotated("ccp-person-clothing", split="val", level="part")
+        sets.append(("clothing parts", parts, stage.count(60, 4)))
+    return [_row(name, segmenter, list(islice(objects, count))) for name, objects, count in sets]
+
+
+def _row(name: str, segmenter: Segmenter, objects: list[Annotated]) -> Row:
+    what = f"quality: {name} ({len(objects)}), simulated annotator, at most {_BUDGET} clicks"
+    if not objects:
+        return Row(what=what, measured="skipped: ../shared/data is missing")
+    curves = np.array([_ious(segmenter, one) for one in objects])
+    parts = [f"IoU@{n} {curves[:, n - 1].mean():.3f}" for n in (1, 3, 5)]
+    for target in (0.85, 0.90):
+        clicks = [number_of_clicks(curve, target, _BUDGET) for curve in curves]
+        reached = [n for n in clicks if n is not None]
+        mean = f"{np.mean(reached):.2f}" if reached else "-"
+        parts.append(f"NoC@{100 * target:.0f} {mean} and {clicks.count(None)} misses")
+    return Row(what=what, measured=", ".join(parts))
+
+
+def _ious(segmenter: Segmenter, one: Annotated) -> list[float]:
+    """Return the IoU after each click; once there is nothing left to click, it stays as it is."""
+    encoded = segmenter.encode(np.asarray(Image.open(one.photo).convert("RGB")))
+    mask = np.zeros_like(one.mask)
+    clicks: list[Click] = []
+    memo: dict[Prompt, object] = {}
+    ious: list[float] = []
+    while len(ious) < _BUDGET:
+        click = next_click(one.mask, mask, clicks)
+        if click is not None:
+            clicks.append(click)
+            mask = predict(segmenter, encoded, Prompt(clicks=tuple(clicks)), memo=memo).best.mask
+        ious.append(iou(one.mask, mask))
+    return ious
