@@ -72,7 +72,10 @@ def label_config(
     if check is None:
         if not classes:
             raise typer.BadParameter("name at least one class, or a file to check with --check")
-        print(make_config(classes, output=output.value))
+        try:
+            print(make_config(classes, output=output.value))
+        except Refusal as refusal:
+            raise typer.BadParameter(str(refusal)) from refusal
         return
     console = Console()
     try:

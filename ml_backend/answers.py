@@ -41,6 +41,16 @@ class Answer:
     model_version: str
 
 
+def _open(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=5, check_same_thread=False, isolation_level=None)
+    try:
+        db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _SCHEMA)
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
 class AnswerStore:
     """The answers given last, at most `limit`."""
 
@@ -50,8 +60,15 @@ class AnswerStore:
         self._limit = limit
         self._lock = threading.Lock()
         self._added = 0
-        self._db = sqlite3.connect(path, timeout=5, check_same_thread=False, isolation_level=None)
-        self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _SCHEMA)
+        try:
+            self._db = _open(path)
+        except sqlite3.OperationalError:  # locked, full, not ours: waiting or a person mends that
+            raise
+        except sqlite3.DatabaseError as error:
+            aside = path.with_suffix(f".damaged-{time.time_ns()}")
+            log.error("%s is damaged (%s): it is kept as %s, and remembering begins anew", path, error, aside.name)
+            path.rename(aside)
+            self._db = _open(path)
 
     def close(self) -> None:
         """Close the file."""
@@ -77,8 +94,13 @@ class AnswerStore:
 
     def find(self, region_id: str) -> Answer | None:
         """Return what was answered under this id, or None when it was not ours or is too long ago."""
-        with self._lock, closing(self._db.execute("SELECT * FROM answers WHERE region_id = ?", (region_id,))) as rows:
-            row = rows.fetchone()
+        query = "SELECT * FROM answers WHERE region_id = ?"
+        try:
+            with self._lock, closing(self._db.execute(query, (region_id,))) as rows:
+                row = rows.fetchone()
+        except sqlite3.Error as error:
+            log.error("remembered answers cannot be read (%s): a region counts as drawn by hand", error)
+            return None
         if row is None:
             return None
         names = ("region_id", "project", "task_id", "image_id", "digest", "prompt", "granularity", "model_version")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from flask import Flask, Response, g, request
@@ -19,18 +19,21 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from ml_backend import logs, metrics
 from ml_backend.label_config import read_config
 from ml_backend.predictions import predict_tasks
-from ml_backend.service import Service
+from ml_backend.service import BoundedCache, Service
 from ml_backend.webhooks import handle_event
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
 
+_SCHEMAS_BYTES = 16 * 2**20  # configurations kept from /setup
+_Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
 
 class TaskBody(msgspec.Struct):
     """What we read of a task; the rest, drafts with all their masks above all, is skipped over, not parsed."""
 
-    id: int | None = None
-    project: int | None = None
+    id: _Id | None = None
+    project: _Id | None = None
     data: dict[str, Any] = {}
     drafts: msgspec.Raw = msgspec.Raw(b"[]")
 
@@ -46,14 +49,14 @@ class PredictBody(msgspec.Struct):
 
     tasks: list[TaskBody]
     label_config: str | None = None
-    project: str | int | None = None
+    project: str | _Id | None = None
     params: ParamsBody | None = None
 
 
 class SetupBody(msgspec.Struct):
     """POST /setup."""
 
-    project: str | int | None = None
+    project: str | _Id | None = None
     schema: str | None = None
 
 
@@ -69,7 +72,12 @@ class _Draft(msgspec.Struct):
 
 
 def read_numbers(drafts: msgspec.Raw) -> list[dict[str, Any]]:
-    """Return the drafts with nothing but their `number` results; masks are skipped over."""
+    """Return the drafts with nothing but their `number` results; masks are skipped over, and so is what is no draft."""
+    try:
+        found = msgspec.json.decode(drafts, type=list[_Draft])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        log.warning("the task's drafts are not looked at for a granularity: %s", error)
+        return []
     return [
         {
             "updated_at": draft.updated_at,
@@ -79,7 +87,7 @@ def read_numbers(drafts: msgspec.Raw) -> list[dict[str, Any]]:
                 if item.type == "number"
             ],
         }
-        for draft in msgspec.json.decode(drafts, type=list[_Draft])
+        for draft in found
     ]
 
 
@@ -87,7 +95,7 @@ def create_app(service: Service) -> Flask:
     """Return the WSGI app over `service`; the caller starts and closes the service."""
     app = Flask("graco")
     app.config["MAX_CONTENT_LENGTH"] = service.settings.request_max_mb * 2**20
-    schemas: dict[str, str] = {}  # project -> label config, from /setup, for servers that send none with /predict
+    schemas: BoundedCache[str] = BoundedCache(_SCHEMAS_BYTES)  # by project, for servers that send none with /predict
 
     @app.before_request
     def begin() -> None:
@@ -101,6 +109,10 @@ def create_app(service: Service) -> Flask:
         metrics.LATENCY.labels(route).observe(time.perf_counter() - g.get("start", time.perf_counter()))
         response.headers["X-Request-Id"] = logs.request_id.get()
         return response
+
+    @app.teardown_request
+    def end(_: BaseException | None) -> None:
+        logs.request_id.set("-")  # the thread lives on
 
     @app.get("/")
     def index() -> Response:
@@ -118,7 +130,7 @@ def create_app(service: Service) -> Flask:
         body = _read(SetupBody)
         service.start()
         if body.schema and body.project is not None:
-            schemas[str(body.project)] = body.schema
+            schemas.put(str(body.project), body.schema, len(body.schema))
             try:
                 read_config(body.schema)
             except Refusal as refusal:
@@ -167,8 +179,9 @@ def create_app(service: Service) -> Flask:
     @app.errorhandler(RequestEntityTooLarge)
     def too_large(_: RequestEntityTooLarge) -> Response:
         limit = service.settings.request_max_mb
-        log.warning("%s refused: the body is larger than %d MB", request.path, limit)
-        return _json({"error": f"the request is larger than {limit} MB; raise GRACO_REQUEST_MAX_MB to allow it"}, 413)
+        sentence = f"the request is larger than {limit} MB; raise GRACO_REQUEST_MAX_MB to allow it"
+        log.warning("%s refused: %s", request.path, sentence)
+        return _json({"error": sentence}, 413)
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:

@@ -6,19 +6,30 @@ request, so it holds nothing; the service does. Works with label-studio-ml 1.0.9
 
 from __future__ import annotations
 
+import logging
+import sys
 from typing import Any
 
 from label_studio_ml.model import LabelStudioMLBase
 
 from ml_backend.label_config import read_config
+from ml_backend.label_studio import empty_answer
 from ml_backend.predictions import predict_tasks
 from ml_backend.service import Service
 from ml_backend.webhooks import handle_event
 from model.types import Refusal
 
+log = logging.getLogger(__name__)
 
-def make_backend(service: Service) -> type[LabelStudioMLBase]:
-    """Return the class that label-studio-ml hosts, answering from `service`."""
+
+def make_backend(service: Service, name: str = "GraCo") -> type[LabelStudioMLBase]:
+    """Return the class that label-studio-ml hosts, answering from `service`.
+
+    Args:
+        service: what answers.
+        name: what the caller's module calls the class. 1.0.9 runs each event in a new process, which imports that
+            module and takes the class from it under this name.
+    """
 
     class GraCoBackend(LabelStudioMLBase):  # type: ignore[misc]
         """GraCo over one service shared by all its instances."""
@@ -40,14 +51,17 @@ def make_backend(service: Service) -> type[LabelStudioMLBase]:
         def predict(
             self, tasks: list[dict[str, Any]], context: dict[str, Any] | None = None, **kwargs: Any
         ) -> list[dict[str, Any]]:
-            """Return one result per task; see `ml_backend.predictions.predict_tasks`.
+            """Return one result per task, empty ones while the labelling configuration is missing or of no use.
 
-            Raises:
-                Refusal: there is no labelling configuration yet.
+            See `ml_backend.predictions.predict_tasks`.
             """
-            if not self.label_config:
-                raise Refusal("no labelling configuration: connect the backend in the project's settings first")
-            config = read_config(self.label_config)
+            try:
+                if not self.label_config:
+                    raise Refusal("no labelling configuration: connect the backend in the project's settings first")
+                config = read_config(self.label_config)
+            except Refusal as refusal:  # raised on, the framework would send a traceback
+                log.warning("%d tasks are answered with nothing: %s", len(tasks), refusal)
+                return [empty_answer(service.model_version, str(refusal)) for _ in tasks]
             project = kwargs.get("project")
             return predict_tasks(service, config, tasks, context, project=None if project is None else str(project))
 
@@ -61,4 +75,6 @@ def make_backend(service: Service) -> type[LabelStudioMLBase]:
             """Call `fit` as 2.x does, where 1.0.9 would put an empty list of tasks before the event."""
             return self.fit(event, data, job_id=job_id, **additional_params) if event in self.TRAIN_EVENTS else None
 
+    GraCoBackend.__name__ = GraCoBackend.__qualname__ = name
+    GraCoBackend.__module__ = sys._getframe(1).f_globals.get("__name__", __name__)
     return GraCoBackend

@@ -104,8 +104,11 @@ class EmbeddingCache:
                 size = file.metadata()
                 tensors = {name: file.get_tensor(name).clone() for name in file.offset_keys()}
             encoded = Encoded(tensors, int(size["height"]), int(size["width"]))
-            os.utime(path)  # so that files used lately are pruned last
+            with contextlib.suppress(OSError):
+                os.utime(path)  # so that files used lately are pruned last
             return encoded
+        except FileNotFoundError:  # pruned by another process since the look above
+            return None
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             log.warning("the stored embedding of image %s is unreadable (%s): it is encoded anew", image_id[:12], error)
             with contextlib.suppress(OSError):

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from rq import Queue, SimpleWorker
 from rq.exceptions import DuplicateJobError
 from rq.serializers import JSONSerializer
@@ -23,6 +25,7 @@ from rq.serializers import JSONSerializer
 from ml_backend import logs
 from ml_backend.images import TaskImage
 from ml_backend.settings import Settings
+from model.types import Refusal
 
 if TYPE_CHECKING:  # a worker that waits shall not hold torch in memory
     from ml_backend.service import Service
@@ -36,7 +39,8 @@ _KEEP_FAILED_S = 86_400
 
 def connect(url: str) -> redis.Redis:
     """Return a client that gives up within a second, so that no request hangs on a lost Redis."""
-    return redis.Redis.from_url(url, socket_connect_timeout=0.5, socket_timeout=1)
+    once = Retry(NoBackoff(), 0)  # the client's own default would wait and try again for seconds
+    return redis.Redis.from_url(url, socket_connect_timeout=0.4, socket_timeout=0.4, retry=once)
 
 
 def enqueue_encoding(connection: redis.Redis, images: Sequence[TaskImage]) -> None:
@@ -53,9 +57,11 @@ def enqueue_encoding(connection: redis.Redis, images: Sequence[TaskImage]) -> No
 
 def encode_later(service: Service, images: list[TaskImage]) -> int:
     """Have images encoded by the worker, or by this process where no Redis answers. Returns how many are queued."""
-    if service.settings.redis_url is not None:
+    settings = service.settings
+    if settings.redis_url is not None and settings.embedding_disk_mb:  # a worker hands over through files alone
         try:
-            enqueue_encoding(connect(service.settings.redis_url), images)
+            with connect(settings.redis_url) as connection:
+                enqueue_encoding(connection, images)
             return len(images)
         except redis.RedisError as error:
             log.warning(
@@ -87,9 +93,10 @@ def spread(pairs: list[tuple[int | None, str]]) -> None:
     """Queue one `encode` job for each image of an import."""
     url = Settings().redis_url
     assert url is not None, "a job runs where there is a Redis"
-    queue = Queue(ENCODE, connection=connect(url), serializer=JSONSerializer)
-    for task_id, uri in pairs:
-        _enqueue(queue, encode, [task_id, uri], f"encode-{task_id}-{_digest(uri)}")
+    with connect(url) as connection:
+        queue = Queue(ENCODE, connection=connection, serializer=JSONSerializer)
+        for task_id, uri in pairs:
+            _enqueue(queue, encode, [task_id, uri], f"encode-{task_id}-{_digest(uri)}")
 
 
 @functools.cache
@@ -102,7 +109,10 @@ def _service() -> Service:
 
 def encode(task_id: int | None, uri: str) -> None:
     """Encode one task's image into the disk tier, where every web process finds it."""
-    _service().encode_ahead(TaskImage(task_id, uri))
+    try:
+        _service().encode_ahead(TaskImage(task_id, uri))
+    except Refusal as refusal:  # a failed job would keep its id, and the image would not be tried again for a day
+        log.warning("task %s is not encoded ahead: %s", task_id, refusal)
 
 
 def work(settings: Settings, *, burst: bool = False) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
-from ml_backend import metrics
+from ml_backend import logs, metrics
 from ml_backend.answers import Answer
 from ml_backend.images import ImageInfo, TaskImage, check_size
 from ml_backend.jobs import encode_later
@@ -59,41 +60,46 @@ def predict_tasks(
     """
     if context is None:
         return _batch(service, config, tasks, project)
-    return [_interactive(service, config, task, context, project) for task in tasks]
+    return [_served(service, task, partial(_interactive, service, config, task, context, project)) for task in tasks]
+
+
+def _served(service: Service, task: Json, make: Callable[[], Json]) -> Json:
+    """Return what `make` gives, or an empty result with the reason: what one task lacks, the others shall not miss."""
+    try:
+        return make()
+    except Refusal as refusal:
+        metrics.PREDICTIONS.labels("refused").inc()
+        log.warning("task %s is answered with nothing: %s", task.get("id"), refusal)
+        return empty_answer(service.model_version, str(refusal))
+    except Exception:
+        metrics.PREDICTIONS.labels("failed").inc()
+        log.exception("task %s is answered with nothing, by an error of our own", task.get("id"))
+        reason = f"internal error {logs.request_id.get()}; the log has the details under this id"
+        return empty_answer(service.model_version, reason)
 
 
 def _interactive(service: Service, config: LabelConfig, task: Json, context: Json, project: str | None) -> Json:
     start = time.perf_counter()
     default = service.settings.default_granularity
-    try:
-        ask = read_ask(
-            config,
-            task,
-            context,
-            default_granularity=None if default is None else Granularity.from_value(default),
-        )
-        if ask is None:  # the editor asks so by itself after each submit
-            metrics.PREDICTIONS.labels("nothing_asked").inc()
-            return empty_answer(service.model_version)
-        if ask.phrase:
-            log.warning(
-                "task %s: phrase %r is not understood by this version; the clicks decide", ask.task_id, ask.phrase
-            )
-        output = choose_output(config, ask.to_name, ask.class_label)
-        image = TaskImage(ask.task_id, ask.uri)
-        info = service.identify(image)
-        check_size(info, ask.width, ask.height)
-        shaped = _shaped(service, image, info, ask.prompt, output.kind)
-        regions = _write(service, config, ask, output, info, shaped, project)
-    except Refusal as refusal:
-        metrics.PREDICTIONS.labels("refused").inc()
-        log.warning("task %s is answered with nothing: %s", task.get("id"), refusal)
-        return empty_answer(service.model_version, str(refusal))
+    ask = read_ask(
+        config,
+        task,
+        context,
+        default_granularity=None if default is None else Granularity.from_value(default),
+    )
+    if ask is None:  # the editor asks so by itself after each submit
+        metrics.PREDICTIONS.labels("nothing_asked").inc()
+        return empty_answer(service.model_version)
+    if ask.phrase:
+        log.warning("task %s: phrases are not understood by this version; the clicks decide", ask.task_id)
+    output = choose_output(config, ask.to_name, ask.class_label)
+    image = TaskImage(ask.task_id, ask.uri)
+    info = service.identify(image)
+    check_size(info, ask.width, ask.height)
+    shaped = _shaped(service, image, info, ask.prompt, output.kind)
+    regions = _write(service, config, ask, output, info, shaped, project)
     if not regions:
-        metrics.PREDICTIONS.labels("refused").inc()
-        reason = "the model finds nothing at these clicks; click inside the object, or draw a box around it"
-        log.warning("task %s is answered with nothing: %s", task.get("id"), reason)
-        return empty_answer(service.model_version, reason)
+        raise Refusal("the model finds nothing at these clicks; click inside the object, or draw a box around it")
     metrics.PREDICTIONS.labels("answered").inc()
     log.info(
         "task %s: %d clicks, level %s, %d regions in %.0f ms",
@@ -187,7 +193,7 @@ def _batch(service: Service, config: LabelConfig, tasks: Sequence[Json], project
             encode_later(service, images)
         return [empty_answer(service.model_version) for _ in tasks]
     deadline_s = time.monotonic() + service.settings.prelabel_limit_s
-    return [_prelabel(service, config, task, project, deadline_s) for task in tasks]
+    return [_served(service, task, partial(_prelabel, service, config, task, project, deadline_s)) for task in tasks]
 
 
 def _images(config: LabelConfig, task: Json) -> list[TaskImage]:
@@ -201,18 +207,13 @@ def _images(config: LabelConfig, task: Json) -> list[TaskImage]:
 def _prelabel(service: Service, config: LabelConfig, task: Json, project: str | None, deadline_s: float) -> Json:
     regions: list[Json] = []
     scores: list[float] = []
-    try:
-        for batch in read_batch(config, task):
-            if time.monotonic() > deadline_s:
-                raise Refusal("no time is left for this task; retrieve predictions for fewer tasks at once")
-            output = choose_output(config, batch.to_name, None)
-            proposals, info = service.propose(TaskImage(batch.task_id, batch.uri), deadline_s=deadline_s)
-            shaped = _shape(Prediction(proposals=proposals), output.kind)
-            scores += [one.score for one in shaped]
-            regions += _write(service, config, batch.sized(info.width, info.height), output, info, shaped, project)
-    except Refusal as refusal:
-        metrics.PREDICTIONS.labels("refused").inc()
-        log.warning("task %s gets no prediction: %s", task.get("id"), refusal)
-        return empty_answer(service.model_version, str(refusal))
+    for batch in read_batch(config, task):
+        if time.monotonic() > deadline_s:
+            raise Refusal("no time is left for this task; retrieve predictions for fewer tasks at once")
+        output = choose_output(config, batch.to_name, None)
+        proposals, info = service.propose(TaskImage(batch.task_id, batch.uri), deadline_s=deadline_s)
+        shaped = _shape(Prediction(proposals=proposals), output.kind)
+        scores += [one.score for one in shaped]
+        regions += _write(service, config, batch.sized(info.width, info.height), output, info, shaped, project)
     metrics.PREDICTIONS.labels("answered").inc()
     return answer(regions, sum(scores) / len(scores) if scores else 0.0, service.model_version)

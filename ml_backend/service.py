@@ -236,7 +236,9 @@ class Service:
             Refusal: the prompt names nothing, or the image cannot be had.
         """
         segmenter, _ = self._model()
-        encoded, _ = self._encoded(image, info)
+        encoded, found = self._encoded(image, info)
+        if found.id != info.id:  # fetched anew, it was another: nothing of it may be kept under the old one's id
+            raise Refusal("the image was replaced while this was answered; reload the task and click again")
         with timed("decode"):
             return predict(segmenter, encoded, prompt, memo=_Memo(self._states, info.id), proposals=proposals)
 

@@ -5,6 +5,7 @@ A Redis or a worker that dies is started again (waiting longer each time); when 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -71,6 +72,16 @@ def run(settings: Settings) -> int:
     """Start everything, watch it, and return the exit status once the web process has ended or a signal came."""
     data_dir = settings.data_dir.resolve()
     data_dir.mkdir(parents=True, exist_ok=True)
+    with (data_dir / "run.lock").open("w") as lock:  # held until this process ends, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            log.error("another run uses %s already; stop that one, or set GRACO_DATA_DIR and GRACO_PORT", data_dir)
+            return 1
+        return _watch(_children(settings, data_dir))
+
+
+def _children(settings: Settings, data_dir: Path) -> list[_Child]:
     environment = {"GRACO_DATA_DIR": str(data_dir)}
     children: list[_Child] = []
     if settings.redis_url is None:
@@ -89,7 +100,7 @@ def run(settings: Settings) -> int:
         worker = [sys.executable, "-m", "ml_backend", "worker"]
         children.append(_Child("worker", worker, vital=False, environment=environment))
     children.append(_Child("web", web_command(settings), vital=True, environment=environment))
-    return _watch(children)
+    return children
 
 
 def _redis_command(server: str, socket: Path, folder: Path) -> list[str]:
@@ -105,7 +116,7 @@ def _watch(children: list[_Child]) -> int:
     def stop(number: int, _: FrameType | None) -> None:
         stopping.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
     status = 0
     try:
@@ -127,12 +138,19 @@ def _watch(children: list[_Child]) -> int:
                     child.start()
         return status
     finally:
-        for child in reversed(children):
-            if child.process is not None and child.process.poll() is None:
-                child.process.terminate()
-        for child in reversed(children):
-            if child.process is not None:
-                try:
-                    child.process.wait(_STOP_S)
-                except subprocess.TimeoutExpired:
-                    child.process.kill()
+        _stop([child for child in children if child.name != "redis"])
+        _stop([child for child in children if child.name == "redis"])  # last, so that the worker can take its leave
+
+
+def _stop(children: list[_Child]) -> None:
+    """End children, by force those that take longer than `_STOP_S` in all."""
+    running = [child.process for child in children if child.process is not None and child.process.poll() is None]
+    for process in running:
+        process.terminate()
+    deadline_s = time.monotonic() + _STOP_S
+    for process in running:
+        try:
+            process.wait(max(0.1, deadline_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

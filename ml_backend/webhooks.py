@@ -49,16 +49,19 @@ def _encode_tasks(service: Service, event: dict[str, Any]) -> int:
     text = project.get("label_config") if isinstance(project, dict) else None
     if not isinstance(text, str) or not isinstance(tasks, list):
         return 0
+    images: list[TaskImage] = []
     try:
         config = read_config(text)
-        images = [
-            TaskImage(task.get("id"), uri)
-            for task in tasks
-            if isinstance(task, dict)
-            for _, uri in read_batch(config, task)
-        ]
+        for task in tasks:
+            try:
+                asked = read_batch(config, task) if isinstance(task, dict) else ()
+            except Refusal as refusal:
+                log.warning("an imported task is not encoded ahead: %s", refusal)
+                continue
+            images += [TaskImage(ask.task_id, ask.uri) for ask in asked]
     except Refusal as refusal:
         log.warning("imported tasks are not encoded ahead: %s", refusal)
+    if not images:
         return 0
     return encode_later(service, images)
 

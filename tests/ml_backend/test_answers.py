@@ -1,0 +1,97 @@
+"""What we answered, remembered and bounded, so that a submitted region can be told accepted, corrected or drawn."""
+
+import os
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+
+from ml_backend.answers import Answer, AnswerStore
+
+
+def answer(region_id="r1", digest="d1"):
+    return Answer(
+        region_id=region_id,
+        project="3.1",
+        task_id=7,
+        image_id="i" * 64,
+        digest=digest,
+        prompt='{"clicks": []}',
+        granularity=0.5,
+        model_version="light-1",
+    )
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "data" / "answers.sqlite"
+
+
+@pytest.fixture
+def store(path):
+    with closing(AnswerStore(path, limit=100)) as store:
+        yield store
+
+
+def test_a_region_is_accepted_when_unchanged_corrected_when_changed_and_else_drawn(store):
+    store.remember([answer()])
+    assert store.judge("r1", "d1") == "accepted"
+    assert store.judge("r1", "other") == "corrected"
+    assert store.judge("r2", "d1") == "drawn"
+
+
+def test_an_answer_comes_back_as_it_was_remembered_also_after_a_restart(store, path):
+    store.remember([answer()])
+    assert store.find("r1") == answer()
+    store.close()
+    with closing(AnswerStore(path, limit=100)) as again:
+        assert again.find("r1") == answer()
+
+
+def test_a_region_answered_again_replaces_itself(store):
+    store.remember([answer(digest="old")])
+    store.remember([answer(digest="new")])
+    assert len(store) == 1
+    assert store.judge("r1", "new") == "accepted"
+
+
+def test_the_oldest_answers_are_forgotten(store):
+    for n in range(300):
+        store.remember([answer(f"r{n}")])
+    assert len(store) <= 110
+    assert store.find("r299") is not None
+    assert store.find("r0") is None
+
+
+def test_two_processes_share_one_file(store, path):
+    with closing(AnswerStore(path, limit=100)) as other, ThreadPoolExecutor(4) as pool:
+        both = [store, other] * 20
+        list(pool.map(lambda n: both[n].remember([answer(f"r{n}")]), range(40)))
+        assert len(store) == len(other) == 40
+
+
+def test_a_full_disk_costs_an_error_in_the_log_and_no_answer(store, caplog):
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    store.remember([answer(f"r{n}", "d" * 1000) for n in range(200)])
+    assert "could not be remembered" in caplog.text
+    assert "full" in caplog.text
+
+
+def test_a_damaged_file_is_put_aside_and_remembering_begins_anew(path, caplog):
+    path.parent.mkdir()
+    path.write_bytes(os.urandom(5000))
+    with closing(AnswerStore(path, limit=100)) as store:
+        store.remember([answer()])
+        assert store.judge("r1", "d1") == "accepted"
+    assert "is damaged" in caplog.text
+    assert len(list(path.parent.glob("answers.damaged-*"))) == 1
+
+
+def test_a_table_that_was_lost_meanwhile_makes_regions_count_as_drawn(store, path, caplog):
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("DROP TABLE answers")
+    store.remember([answer()])
+    assert store.judge("r1", "d1") == "drawn"
+    assert "cannot be read" in caplog.text

@@ -1,0 +1,131 @@
+"""Real Redis, real worker: imported images are encoded ahead, into the files every web process reads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import redis
+from rq import Queue
+from rq.registry import FailedJobRegistry
+from rq.serializers import JSONSerializer
+
+import ml_backend.jobs
+from ml_backend.app import create_app
+from ml_backend.images import TaskImage
+from ml_backend.jobs import ENCODE, connect, encode_later, enqueue_encoding, spread, work
+from tests.conftest import ROOT
+from tests.ml_backend.conftest import TOKEN, ask, click, picture, recorded, settings_for
+
+
+@pytest.fixture
+def connection(redis_url):
+    with connect(redis_url) as connection:
+        yield connection
+
+
+def queue(connection):
+    return Queue(ENCODE, connection=connection, serializer=JSONSerializer)
+
+
+def worker(folder, label_studio, redis_url):
+    """Run a worker until no job is left."""
+    environment = {
+        **os.environ,
+        **{"GRACO_REDIS_URL": redis_url, "GRACO_DATA_DIR": str(folder), "GRACO_ENCODER": "exact"},
+        **{"LABEL_STUDIO_URL": label_studio.url, "LABEL_STUDIO_API_KEY": TOKEN, "GRACO_DEVICE": "cpu"},
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "ml_backend", "worker", "--burst"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_an_import_is_encoded_by_the_worker_and_the_first_click_of_the_next_service_is_warm(
+    make_service, label_studio, redis_url, connection, counted
+):
+    data = picture(64, 48, shade=3)
+    uris = [label_studio.add(f"/data/upload/8/{n}-imported.png", data) for n in range(2)]
+    web = make_service(start=False, redis_url=redis_url, encoder="exact")
+    event = recorded("03")
+    event["tasks"] = [event["tasks"][0] | {"id": n, "data": {"image": uri}} for n, uri in enumerate(uris)]
+    event["tasks"].append(event["tasks"][0] | {"id": 9, "data": {"image": "/data/upload/8/nowhere.png"}})
+    answer = create_app(web).test_client().post("/webhook", json=event)
+    assert answer.json["queued"] == 3
+    done = worker(web.settings.data_dir, label_studio, redis_url)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "task 9 is not encoded ahead: " in done.stderr
+    assert TOKEN not in done.stderr
+    assert len(list(web.settings.data_dir.glob("embeddings/*/*/*.safetensors"))) == 1, "one image, two tasks"
+    assert queue(connection).count == 0
+    assert FailedJobRegistry(ENCODE, connection=connection, serializer=JSONSerializer).count == 0
+
+    body = ask(click(31, 40, size=(64, 48)), image=uris[0], task=0)
+    result = create_app(make_service()).test_client().post("/predict", json=body).json["results"][0]
+    assert result["result"]
+    assert counted("graco_embeddings_total", source="encoded") == 0
+    assert counted("graco_embeddings_total", source="disk") == 1
+
+
+def test_the_same_images_are_queued_once(connection):
+    images = [TaskImage(1, "/data/upload/1/a.jpg"), TaskImage(None, "s3://b/c.png")]
+    enqueue_encoding(connection, images)
+    enqueue_encoding(connection, images)
+    assert queue(connection).count == 1
+    enqueue_encoding(connection, images[:1])
+    assert queue(connection).count == 2
+
+
+def test_a_spread_makes_one_job_per_image_and_jobs_carry_json(connection, redis_url, monkeypatch):
+    monkeypatch.setenv("GRACO_REDIS_URL", redis_url)
+    pairs = [(1, "/data/upload/1/a.jpg"), (2, "/data/upload/1/b.jpg"), (1, "/data/upload/1/a.jpg")]
+    spread(pairs)
+    jobs = queue(connection).jobs
+    assert [job.args for job in jobs] == [[1, "/data/upload/1/a.jpg"], [2, "/data/upload/1/b.jpg"]]
+    assert all(job.timeout == 120 and job.id.startswith("encode-") for job in jobs)
+
+
+def test_a_full_redis_is_a_redis_that_does_not_answer(make_service, redis_url, connection, monkeypatch, caplog):
+    service = make_service(start=False, redis_url=redis_url)
+    monkeypatch.setattr(service, "warm", lambda image: True)
+    connection.config_set("maxmemory", 1)
+    try:
+        assert encode_later(service, [TaskImage(1, "/data/upload/1/a.jpg")]) == 1
+    finally:
+        connection.config_set("maxmemory", 0)
+    assert "Redis does not answer" in caplog.text
+    assert queue(connection).count == 0
+
+
+def test_without_files_to_hand_over_by_nothing_is_queued(make_service, redis_url, connection, monkeypatch):
+    service = make_service(start=False, redis_url=redis_url, embedding_disk_mb=0)
+    warmed = []
+    monkeypatch.setattr(service, "warm", lambda image: warmed.append(image) or True)
+    assert encode_later(service, [TaskImage(1, "/data/upload/1/a.jpg")]) == 1
+    assert warmed == [TaskImage(1, "/data/upload/1/a.jpg")]
+    assert queue(connection).count == 0
+
+
+def test_an_image_that_cannot_be_had_is_a_sentence_and_no_failed_job(make_service, monkeypatch, caplog):
+    monkeypatch.setattr(ml_backend.jobs, "_service", make_service)
+    ml_backend.jobs.encode(4, "/data/upload/1/nowhere.png")
+    assert "task 4 is not encoded ahead: " in caplog.text
+
+
+def test_a_worker_without_a_redis_says_what_to_do(tmp_path, label_studio):
+    with pytest.raises(SystemExit, match="GRACO_REDIS_URL is not set"):
+        work(settings_for(tmp_path, label_studio))
+
+
+def test_no_connection_stays_open(make_service, redis_url, connection):
+    service = make_service(start=False, redis_url=redis_url)
+    before = len(connection.client_list())
+    encode_later(service, [TaskImage(1, "/data/upload/1/a.jpg")])
+    with redis.Redis.from_url(redis_url):
+        assert len(connection.client_list()) == before

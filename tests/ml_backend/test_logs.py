@@ -1,0 +1,83 @@
+"""Log lines: for people, or one JSON object each, with the request they belong to."""
+
+import json
+import logging
+
+import pytest
+
+from ml_backend import logs
+from ml_backend.app import create_app
+from tests.ml_backend.conftest import TOKEN, ask, click
+
+
+@pytest.fixture
+def configure(capsys):
+    """Configure the root logger and put it back; gives the lines written to standard error."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    chatty = {name: logging.getLogger(name).level for name in ("httpx", "httpcore", "PIL", "openvino", "rq.worker")}
+
+    def configured(level, *, as_json):
+        logs.configure(level, as_json=as_json)
+        return lambda: capsys.readouterr().err.splitlines()
+
+    yield configured
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name, before in chatty.items():
+        logging.getLogger(name).setLevel(before)
+
+
+def test_json_lines_parse_and_carry_time_level_logger_request_and_message(configure):
+    lines = configure("INFO", as_json=True)
+    token = logs.request_id.set("0a1b2c3d")
+    try:
+        logging.getLogger("ml_backend.test").warning('two\nlines, "quotes", %s', "ümlaut")
+    finally:
+        logs.request_id.reset(token)
+    (line,) = map(json.loads, lines())
+    assert line.pop("time").endswith("Z")
+    assert line == {
+        "level": "WARNING",
+        "logger": "ml_backend.test",
+        "request": "0a1b2c3d",
+        "message": 'two\nlines, "quotes", ümlaut',
+    }
+
+
+def test_a_traceback_stays_inside_its_json_line(configure):
+    lines = configure("INFO", as_json=True)
+    try:
+        raise ZeroDivisionError("oh")
+    except ZeroDivisionError:
+        logging.getLogger("ml_backend.test").exception("failed")
+    (line,) = map(json.loads, lines())
+    assert "ZeroDivisionError: oh" in line["traceback"]
+    assert line["request"] == "-"
+
+
+def test_readable_lines_name_level_logger_and_request(configure):
+    lines = configure("INFO", as_json=False)
+    logging.getLogger("ml_backend.test").info("hello")
+    logging.getLogger("ml_backend.test").debug("not shown")
+    (line,) = lines()
+    assert "INFO    ml_backend.test [-] hello" in line
+
+
+def test_all_lines_of_a_prediction_carry_the_id_that_the_answer_names(configure, make_service):
+    lines = configure("DEBUG", as_json=True)
+    service = make_service()
+    response = create_app(service).test_client().post("/predict", json=ask(click(31, 40), click(99, 99, region="c2")))
+    assert response.json["results"][0]["result"]
+    parsed = [json.loads(line) for line in lines()]
+    ours = [line for line in parsed if line["logger"] == "ml_backend.predictions"]
+    assert ours
+    assert {line["request"] for line in ours} == {response.headers["X-Request-Id"]}
+    assert TOKEN not in json.dumps(parsed)
+
+
+def test_configuring_twice_writes_each_line_once(configure):
+    configure("INFO", as_json=True)
+    lines = configure("INFO", as_json=True)
+    logging.getLogger("ml_backend.test").info("once")
+    assert len(lines()) == 1

@@ -1,0 +1,208 @@
+"""One model, many threads, two tiers of caches: what is answered depends on the request alone."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import ml_backend.service
+from ml_backend.app import create_app
+from ml_backend.images import TaskImage
+from ml_backend.label_config import read_config
+from ml_backend.predictions import predict_tasks
+from ml_backend.service import BoundedCache
+from model.types import Click, Prompt, Refusal
+from tests.ml_backend.conftest import CHELSEA, SIZES, ask, box, click, picture, wait_until
+
+COFFEE = "/data/upload/3/f4aecc9d-coffee.jpg"
+PROMPT = Prompt(clicks=(Click(x=140, y=120, positive=True),))
+
+
+def answered(service, body):
+    config = read_config(body["label_config"])
+    return predict_tasks(service, config, body["tasks"], body["params"]["context"], project="3")
+
+
+def mixed_requests():
+    """Different in image, level, clicks, box, output and number of clicks."""
+    for image, size in ((CHELSEA, SIZES["chelsea"]), (COFFEE, SIZES["coffee"])):
+        for output in ("brush", "bitmask", "polygon", "rectangle"):
+            for level in (None, "0.1", "1.0"):
+                yield ask(click(31, 40, level=level, size=size), image=image, output=output)
+                yield ask(click(75, 50, level=level, size=size, label="Part"), image=image, output=output)
+            more = click(75, 50, size=size, positive=False, region="c2")
+            yield ask(click(31, 40, size=size), more, image=image, output=output)
+            yield ask(box(60, 15, 30, 70, size=size), image=image, output=output)
+
+
+def test_sixteen_threads_with_200_mixed_requests_each_get_the_answers_computed_one_by_one(make_service):
+    alone = make_service(embedding_memory_mb=64)
+    requests = list(mixed_requests())
+    expected = [json.dumps(answered(alone, request)) for request in requests]
+    assert len(set(expected)) == len(requests)
+    crowded = make_service(embedding_memory_mb=8)
+    crowded.shapes = BoundedCache(250_000)  # so small that answers are forgotten and made again all the while
+    crowded._states = BoundedCache(6)
+    wrong = []
+
+    def annotate(seed):
+        for index in np.random.default_rng(seed).zipf(1.4, 200) % len(requests):
+            got = json.dumps(answered(crowded, requests[index]))
+            if got != expected[index]:
+                wrong.append((seed, int(index), got[:200]))
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(annotate, range(16)))
+    assert wrong == []
+
+
+def test_the_same_request_gets_the_same_answer_cold_warm_after_a_restart_and_after_eviction(
+    make_service, counted, segmenter, monkeypatch
+):
+    monkeypatch.setattr(ml_backend.service, "load_segmenter", lambda *args, **kwargs: segmenter)  # encodes each time
+    body = ask(click(31, 40, level="0.5"), click(40, 45, region="c2", positive=False, level="0.5"))
+    first = make_service()
+    cold = answered(first, body)
+    assert cold[0]["result"]
+    warm = answered(first, body)
+    first.shapes = BoundedCache(1)
+    from_states = answered(first, body)
+    first._states = BoundedCache(1)
+    replayed = answered(first, body)
+    encoded = counted("graco_embeddings_total", source="encoded")
+    restarted = make_service()
+    assert answered(restarted, body) == cold
+    assert warm == from_states == replayed == cold
+    assert counted("graco_embeddings_total", source="encoded") == encoded, "the disk tier had it"
+
+    evicted = make_service(folder=first.settings.data_dir.parent / "no-disk", embedding_disk_mb=0)
+    assert answered(evicted, body) == cold
+    evicted._cache._memory.clear()
+    evicted.shapes = BoundedCache(1)
+    assert answered(evicted, body) == cold
+    assert counted("graco_embeddings_total", source="encoded") == encoded + 2
+
+
+def test_eight_threads_asking_for_one_new_image_encode_it_once(make_service, label_studio, counted, segmenter):
+    service = make_service()
+    image = TaskImage(1, label_studio.add("/data/upload/9/new.png", picture(120, 90, shade=5)))
+    together = threading.Barrier(8)
+
+    def first_click(_):
+        together.wait()
+        info = service.identify(image)
+        return service.answer(image, info, Prompt(clicks=(Click(x=37, y=36, positive=True),))).best.mask
+
+    with ThreadPoolExecutor(8) as pool:
+        masks = list(pool.map(first_click, range(8)))
+    assert counted("graco_embeddings_total", source="encoded") == 1
+    assert all(np.array_equal(mask, masks[0]) for mask in masks)
+
+
+def test_health_and_setup_answer_while_the_model_loads_and_the_first_click_waits_for_it(
+    make_service, segmenter, monkeypatch
+):
+    go = threading.Event()
+
+    def slow(*args, **kwargs):
+        go.wait(30)
+        return segmenter
+
+    monkeypatch.setattr(ml_backend.service, "load_segmenter", slow)
+    client = create_app(make_service()).test_client()
+    with ThreadPoolExecutor(1) as pool:
+        first_click = pool.submit(lambda: post_elsewhere(client, ask(click(31, 40))))
+        start = time.perf_counter()
+        health = client.get("/health").json
+        setup = client.post("/setup", json={"project": "3.1", "schema": ask()["label_config"]})
+        assert time.perf_counter() - start < 1
+        assert (health["status"], health["model_loaded"]) == ("UP", False)
+        assert setup.json == {"model_version": health["model_version"]}
+        assert not first_click.done()
+        go.set()
+        assert first_click.result(60)["results"][0]["result"]
+    assert client.get("/health").json["model_loaded"] is True
+
+
+def post_elsewhere(client, body):
+    return client.application.test_client().post("/predict", json=body).json
+
+
+def test_a_model_that_cannot_be_loaded_gives_refusals_with_its_reason_and_health_says_failed(make_service, monkeypatch):
+    def broken(*args, **kwargs):
+        raise Refusal("weights light.safetensors are damaged; restore the file from the repository")
+
+    monkeypatch.setattr(ml_backend.service, "load_segmenter", broken)
+    service = make_service()
+    client = create_app(service).test_client()
+    answer = client.post("/predict", json=ask(click(31, 40)))
+    assert answer.status_code == 200
+    assert answer.json["results"][0]["result"] == []
+    assert "weights light.safetensors are damaged" in answer.json["results"][0]["reason"]
+    health = client.get("/health")
+    assert (health.status_code, health.json["status"]) == (200, "FAILED")
+    assert "damaged" in health.json["error"]
+    assert client.post("/setup", json={"project": "3.1"}).status_code == 200
+
+
+def test_the_bundled_weights_load_by_the_service_itself_and_a_second_start_does_nothing(tmp_path, segmenter):
+    settings = ml_backend.service.Settings(data_dir=tmp_path, encoder="exact", device="cpu")
+    service = ml_backend.service.Service(settings)
+    service.start()
+    service.start()
+    try:
+        wait_until(lambda: service.ready, limit_s=90)
+        assert service.model_version == segmenter.version
+    finally:
+        service.close()
+
+
+def test_images_waiting_to_be_encoded_are_bounded_and_each_waits_once(make_service, monkeypatch):
+    service = make_service()
+    go = threading.Event()
+    monkeypatch.setattr(service, "encode_ahead", lambda image: go.wait(30))
+    images = [TaskImage(n, f"/data/upload/1/{n}.jpg") for n in range(100)]
+    assert sum(service.warm(image) for image in images) == 64
+    assert service.warm(images[0]), "it waits already"
+    assert not service.warm(images[99])
+    go.set()
+    wait_until(lambda: not service._waiting)
+    assert service.warm(images[99])
+
+
+def test_an_image_that_cannot_be_warmed_is_a_sentence_in_the_log(make_service, caplog):
+    service = make_service()
+    assert service.warm(TaskImage(4, "/data/upload/1/nowhere.png"))
+    wait_until(lambda: not service._waiting)
+    assert "task 4 was not encoded ahead: " in caplog.text
+    assert "404" in caplog.text
+
+
+def test_an_image_replaced_behind_its_address_is_never_answered_under_the_old_ones_name(make_service, label_studio):
+    service = make_service(embedding_disk_mb=0)
+    image = TaskImage(5, label_studio.add("/data/upload/9/changing.png", picture(100, 80)))
+    old = service.identify(image)
+    service._cache._memory.clear()
+    label_studio.add(image.uri, picture(100, 80, shade=60))
+    prompt = Prompt(clicks=(Click(x=31, y=32, positive=True),))
+    with pytest.raises(Refusal, match="replaced"):
+        service.answer(image, old, prompt)
+    new = service.identify(image)
+    assert new.id != old.id
+    assert service.answer(image, new, prompt).best.mask.shape == (80, 100)
+
+
+def test_a_bounded_cache_forgets_what_was_used_longest_ago_and_keeps_nothing_heavier_than_itself():
+    cache = BoundedCache(10)
+    cache.put("a", "A", 4)
+    cache.put("b", "B", 4)
+    assert cache.get("a") == "A"
+    cache.put("c", "C", 4)
+    assert (cache.get("a"), cache.get("b"), cache.get("c")) == ("A", None, "C")
+    cache.put("huge", "H", 11)
+    assert cache.get("huge") is None
+    cache.put("a", "A2", 10)
+    assert (cache.get("a"), cache.get("c")) == ("A2", None)

@@ -1,0 +1,82 @@
+"""Every setting is read under its name, and a wrong one says so."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from ml_backend.settings import Settings
+
+READ = {
+    "GRACO_HOST": ("host", "0.0.0.0", "0.0.0.0"),
+    "GRACO_PORT": ("port", "8080", 8080),
+    "GRACO_THREADS": ("threads", "3", 3),
+    "GRACO_DATA_DIR": ("data_dir", "/var/graco", Path("/var/graco")),
+    "LABEL_STUDIO_URL": ("label_studio_url", "https://ls.example/labels/", "https://ls.example/labels"),
+    "LABEL_STUDIO_API_KEY": ("label_studio_api_key", "secret", "secret"),
+    "GRACO_DEVICE": ("device", "cpu", "cpu"),
+    "GRACO_ENCODER": ("encoder", "exact", "exact"),
+    "GRACO_COMPUTE_THREADS": ("compute_threads", "2", 2),
+    "GRACO_EMBEDDING_MEMORY_MB": ("embedding_memory_mb", "64", 64),
+    "GRACO_EMBEDDING_DISK_MB": ("embedding_disk_mb", "0", 0),
+    "GRACO_REMEMBERED_ANSWERS": ("remembered_answers", "500", 500),
+    "GRACO_IMAGE_MAX_MB": ("image_max_mb", "7", 7),
+    "GRACO_IMAGE_MAX_MEGAPIXELS": ("image_max_megapixels", "9", 9),
+    "GRACO_IMAGE_TIMEOUT_S": ("image_timeout_s", "2.5", 2.5),
+    "GRACO_IMAGE_TTL_S": ("image_ttl_s", "0", 0.0),
+    "GRACO_ALLOW_HOSTS": ("allow_hosts", " nas.local, 10.0.0.0/8,", ("nas.local", "10.0.0.0/8")),
+    "GRACO_REQUEST_MAX_MB": ("request_max_mb", "9", 9),
+    "GRACO_PROPOSE": ("propose", "3", 3),
+    "GRACO_DEFAULT_GRANULARITY": ("default_granularity", "0.4", 0.4),
+    "GRACO_PRELABEL": ("prelabel", "1", True),
+    "GRACO_PRELABEL_LIMIT_S": ("prelabel_limit_s", "9", 9.0),
+    "GRACO_REDIS_URL": ("redis_url", "redis://r:6379/1", "redis://r:6379/1"),
+    "GRACO_LOG_LEVEL": ("log_level", "DEBUG", "DEBUG"),
+    "GRACO_LOG_JSON": ("log_json", "true", True),
+}
+
+
+def test_no_setting_is_missing_below():
+    assert {field for field, _, _ in READ.values()} == set(Settings.model_fields)
+
+
+@pytest.mark.parametrize("variable", READ)
+def test_a_setting_is_read_under_its_name(monkeypatch, variable):
+    field, text, value = READ[variable]
+    monkeypatch.setenv(variable, text)
+    got = getattr(Settings(), field)
+    assert (got.get_secret_value() if variable == "LABEL_STUDIO_API_KEY" else got) == value
+
+
+@pytest.mark.parametrize("variable", READ)
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch, variable):
+    field = READ[variable][0]
+    default = getattr(Settings(), field)
+    monkeypatch.setenv(variable, "")
+    assert getattr(Settings(), field) == default
+
+
+@pytest.mark.parametrize(
+    ("variable", "wrong"),
+    [
+        ("GRACO_PORT", "0"),
+        ("GRACO_PORT", "http"),
+        ("GRACO_THREADS", "1"),
+        ("GRACO_DEVICE", "tpu"),
+        ("GRACO_PROPOSE", "4"),
+        ("GRACO_DEFAULT_GRANULARITY", "1.5"),
+        ("GRACO_EMBEDDING_MEMORY_MB", "1"),
+        ("GRACO_IMAGE_TIMEOUT_S", "0"),
+        ("GRACO_LOG_LEVEL", "LOUD"),
+        ("LABEL_STUDIO_URL", "ls.example"),
+    ],
+)
+def test_a_wrong_value_is_refused(monkeypatch, variable, wrong):
+    monkeypatch.setenv(variable, wrong)
+    with pytest.raises(ValidationError):
+        Settings()
+
+
+def test_the_token_never_shows(monkeypatch):
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", "canary-token")
+    assert "canary-token" not in repr(Settings()) + str(Settings())
