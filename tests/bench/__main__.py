@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 
 from rich.console import Console
@@ -50,8 +51,7 @@ def main() -> None:
             rows += measure(stage)
             console.print(f"{name}: {time.perf_counter() - start:.0f} s")
         rows += load.highest_memory(stage)
-    flags = " --full" if options.full else ""
-    lines = report.machine(f"python -m tests.bench{flags}", average)
+    lines = report.machine(" ".join(["python -m tests.bench", *sys.argv[1:]]), average)
     report.show(rows, console)
     for line in lines:
         console.print(line)
