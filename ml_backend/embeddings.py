@@ -7,6 +7,7 @@ of one; a damaged one is deleted and the image encoded anew.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import tempfile
@@ -16,8 +17,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 from ml_backend import metrics
 from model.segmenter import Encoded
@@ -100,9 +101,9 @@ class EmbeddingCache:
         if path is None or not path.is_file():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                size = file.metadata()
-                tensors = {name: file.get_tensor(name).clone() for name in file.offset_keys()}
+            data = path.read_bytes()  # opened once: safetensors' own reader opens twice, and the file may go in between
+            tensors = load(data)
+            size = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
             encoded = Encoded(tensors, int(size["height"]), int(size["width"]))
             with contextlib.suppress(OSError):
                 os.utime(path)  # so that files used lately are pruned last

@@ -117,7 +117,8 @@ def _watch(children: list[_Child]) -> int:
         stopping.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, stop)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, stop)
     status = 0
     try:
         for child in children:

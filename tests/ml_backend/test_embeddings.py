@@ -183,7 +183,7 @@ from pathlib import Path
 from ml_backend.embeddings import EmbeddingCache
 from model.segmenter import Encoded
 wrong = 0
-for round in range(40):
+for round in range(80):
     cache = EmbeddingCache(Path(sys.argv[1]), memory_bytes=1, disk_bytes=150_000)
     for n in range(4):
         fresh = Encoded({"embedding": torch.full((16, 1024), float(n))}, 30, 40)
@@ -202,8 +202,8 @@ print(json.dumps(wrong))
         )
         for _ in range(2)
     ]
-    for process in both:
-        out, err = process.communicate(timeout=120)
+    said = [process.communicate() for process in both]
+    for process, (out, err) in zip(both, said, strict=True):
         assert process.returncode == 0, err
         assert json.loads(out) == 0
         assert "unreadable" not in err

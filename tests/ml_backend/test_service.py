@@ -38,7 +38,7 @@ def mixed_requests():
             yield ask(box(60, 15, 30, 70, size=size), image=image, output=output)
 
 
-def test_sixteen_threads_with_200_mixed_requests_each_get_the_answers_computed_one_by_one(make_service):
+def test_sixteen_threads_with_200_mixed_requests_each_get_the_answers_computed_one_by_one(make_service, counted):
     alone = make_service(embedding_memory_mb=64)
     requests = list(mixed_requests())
     expected = [json.dumps(answered(alone, request)) for request in requests]
@@ -57,6 +57,7 @@ def test_sixteen_threads_with_200_mixed_requests_each_get_the_answers_computed_o
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(annotate, range(16)))
     assert wrong == []
+    assert 100 < counted("graco_repeated_answers_total") < 3000, "some answers were kept, some made again"
 
 
 def test_the_same_request_gets_the_same_answer_cold_warm_after_a_restart_and_after_eviction(

@@ -31,7 +31,7 @@ def start(tmp_path):
     """Start `python -m ml_backend run` on a free port; gives the process, its address and its log file."""
     started = []
 
-    def run(port=None):
+    def run(port=None, *before):
         port = port or free_port()
         environment = os.environ | {
             **{"GRACO_PORT": str(port), "GRACO_DATA_DIR": str(tmp_path / "data"), "GRACO_LOG_JSON": "1"},
@@ -40,7 +40,12 @@ def start(tmp_path):
         log = tmp_path / f"log-{len(started)}"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ml_backend", "run"], cwd=ROOT, env=environment, stdout=file, stderr=file
+                [*before, sys.executable, "-m", "ml_backend", "run"],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
             )
         started.append(process)
         return process, f"http://127.0.0.1:{port}", log
@@ -108,6 +113,21 @@ def test_one_command_serves_restarts_what_dies_and_stops_without_orphans(start, 
     assert time.monotonic() - start_s < 15
     wait_until(lambda: not any(alive(child) for child in everything), limit_s=5)
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("nohup", [False, True], ids=["plain", "nohup"])
+def test_a_closed_terminal_stops_everything_unless_nohup_was_asked_for(start, nohup):
+    process, url, log = start(None, *(["nohup"] if nohup else []))
+    wait_until(lambda: health(url), limit_s=30)
+    everything = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGHUP)
+    if nohup:
+        time.sleep(1.5)
+        assert process.poll() is None
+        assert health(url)["status"] == "UP"
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 0, log.read_text()
+    wait_until(lambda: not any(alive(child) for child in everything), limit_s=5)
 
 
 def test_a_web_process_that_cannot_start_ends_the_command(start):
