@@ -6,6 +6,7 @@ request is kept where another could see it: states and answers are stored under 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import time
@@ -35,6 +36,23 @@ _WARM_QUEUE = 64  # images waiting to be encoded in the background
 _LOAD_LIMIT_S = 90  # Label Studio gives up a prediction after 100 s
 
 V = TypeVar("V")
+
+
+def _give_back_memory() -> None:
+    """Have glibc return what an image's decoding and encoding left behind; else threads' heaps only ever grow."""
+    if _TRIM is not None:
+        _TRIM(0)
+
+
+def _find_trim() -> Callable[[int], int] | None:
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # no glibc
+        return None
+    return trim
+
+
+_TRIM = _find_trim()
 
 
 class BoundedCache(Generic[V]):
@@ -225,7 +243,9 @@ class Service:
 
         def encode() -> Encoded:
             with timed("encode"):
-                return segmenter.encode(loaded.pixels)
+                encoded = segmenter.encode(loaded.pixels)
+            _give_back_memory()
+            return encoded
 
         return cache.get_or_encode(loaded.id, encode), ImageInfo(loaded.id, loaded.width, loaded.height)
 
