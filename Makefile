@@ -47,6 +47,7 @@ $(VENV)/run.stamp: requirements.txt Makefile
 	[ -x $(PY) ] || $$python -m venv $(VENV)
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps $(NO_DEPS) 2>/dev/null
+	$(PY) -m ml_backend prepare
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/run.stamp tests/requirements.txt

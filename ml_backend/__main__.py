@@ -1,4 +1,4 @@
-"""The commands: python -m ml_backend run | worker | label-config | doctor."""
+"""The commands: python -m ml_backend run | worker | prepare | label-config | doctor."""
 
 from __future__ import annotations
 
@@ -58,6 +58,18 @@ def worker(burst: Annotated[bool, typer.Option(help="end when no job is left")] 
     from ml_backend.jobs import work
 
     work(read_settings(), burst=burst)
+
+
+@app.command()
+def prepare() -> None:
+    """Compile the image encoder for this machine, so that the first start is as quick as later ones."""
+    from ml_backend.service import FAMILY, WEIGHTS
+    from model.segmenter import load_segmenter
+
+    settings = read_settings()
+    with Console(stderr=True).status("compiling the image encoder for this machine"):
+        segmenter = load_segmenter(FAMILY, WEIGHTS, device=settings.device, compiled=settings.cache_dir)
+    print(f"{segmenter.encoding} is ready")
 
 
 @app.command("label-config")

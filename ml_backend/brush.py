@@ -45,13 +45,15 @@ Words = npt.NDArray[np.uint64]
 RunBits = tuple[int, int, int, int]
 
 
-def encode(mask: Mask) -> list[int]:
+def encode(mask: Mask, *, surplus: bool = True) -> list[int]:
     """Return the mask as Label Studio's brush RLE, the value of `rle` in a brushlabels region.
 
     The bytes are those of the SDK's `mask2rle(mask.astype(np.uint8) * 255)`, some twenty times sooner.
 
     Args:
         mask: bool, shape (H, W), at least one pixel.
+        surplus: after a last byte that is full the SDK writes a zero byte more, one mask in eight; the editor does not,
+            and stores an accepted mask without it. False: as the editor writes it, so that it comes back unchanged.
 
     Returns:
         Bytes as integers 0..255, ready for JSON.
@@ -74,7 +76,7 @@ def encode(mask: Mask) -> list[int]:
     header = np.array([values, _header_tail()], dtype=np.int64)
     tokens = np.concatenate((header, tokens))
     bits = np.concatenate((np.array([32, _HEADER_BITS - 32]), bits))
-    return list(_pack(tokens, bits))
+    return list(_pack(tokens, bits, surplus=surplus))
 
 
 def decode(rle: Sequence[int], *, height: int, width: int) -> Mask:
@@ -172,7 +174,7 @@ def _header_tail() -> int:
     return tail
 
 
-def _pack(tokens: Integers, bits: Integers) -> bytes:
+def _pack(tokens: Integers, bits: Integers, *, surplus: bool) -> bytes:
     """Return the tokens as bytes, most significant bit first, each taking its number of bits (at most 32).
 
     A token begins in one 32-bit word and may reach into the next. As none is longer than a word, every word has a
@@ -188,7 +190,7 @@ def _pack(tokens: Integers, bits: Integers) -> bytes:
     packed = np.zeros(first.size + 1, dtype=np.uint32)
     packed[:-1] = np.bitwise_or.reduceat((wide >> np.uint64(32)).astype(np.uint32), first)
     packed[1:] |= wide[last].astype(np.uint32)  # the lower half, what reaches out
-    length = int(ends[-1]) // 8 + 1  # the SDK pads by 1 to 8 bits: a full last byte is followed by a zero
+    length = int(ends[-1]) // 8 + 1 if surplus else -(-int(ends[-1]) // 8)
     return packed.astype(">u4").tobytes().ljust(length, b"\0")[:length]
 
 

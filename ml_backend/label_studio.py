@@ -564,7 +564,7 @@ def shape_values(kind: OutputKind, mask: Mask) -> list[Json]:
     if not mask.any():
         return []
     if kind == "brush":
-        return [{"format": "rle", "rle": brush.encode(mask)}]
+        return [{"format": "rle", "rle": brush.encode(mask, surplus=False)}]
     if kind == "bitmask":
         return [{"imageDataURL": outlines.to_png_data_url(mask)}]
     height, width = mask.shape

@@ -197,7 +197,7 @@ class Service:
                 device=settings.device,
                 encoder=settings.encoder,
                 threads=settings.compute_threads,
-                compiled=settings.data_dir / "compiled",
+                compiled=settings.cache_dir,
             )
             self._cache = EmbeddingCache(
                 settings.data_dir / "embeddings" / segmenter.encoding,

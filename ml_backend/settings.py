@@ -22,6 +22,10 @@ class Settings(BaseSettings):
     threads: int = Field(8, ge=2, le=256, description="requests answered at a time")
     data_dir: Path = Field(Path("data"), description="where embeddings, remembered answers and Redis keep their files")
 
+    cache_dir: Path = Field(
+        Path("~/.cache/graco"), description="where the encoder compiled for this machine is kept; can be made again"
+    )
+
     label_studio_url: str | None = Field(
         None,
         validation_alias=AliasChoices("LABEL_STUDIO_URL", "label_studio_url"),
@@ -60,6 +64,11 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(None, description="Redis to use; none: a bundled server under the data directory")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="how much is logged")
     log_json: bool = Field(False, description="log lines as JSON instead of readable text")
+
+    @field_validator("data_dir", "cache_dir")
+    @classmethod
+    def _expand_home(cls, value: Path) -> Path:
+        return value.expanduser()
 
     @field_validator("allow_hosts", mode="before")
     @classmethod

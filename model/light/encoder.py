@@ -132,13 +132,13 @@ def make_encoder(
     """Return the runtime that `choice` names: `fast`, `exact`, or `auto` (fast on a CPU where it works).
 
     Raises:
-        ImportError, RuntimeError: `fast` was asked for and OpenVINO does not run here.
+        ImportError, RuntimeError, OSError: `fast` was asked for and OpenVINO does not run here.
     """
     if device.type == "cuda" or choice == "exact" or (compiled is None and choice == "auto"):
         return TorchEncoder(weights, device)
     try:
         return OpenVinoEncoder(weights, digest, threads, compiled or Path(tempfile.gettempdir()) / "graco-compiled")
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, OSError) as error:
         if choice == "fast":
             raise
         log.warning("OpenVINO does not run here (%s); images are encoded by torch, about half as fast", error)

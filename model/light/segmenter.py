@@ -80,6 +80,7 @@ class LightSegmenter:
         """Take the network's parts in eval mode, on their device, and the digest of its weights."""
         self._prompt_encoder = prompt_encoder
         self._mask_decoder = mask_decoder
+        self._grid = prompt_encoder.grid_position()
         self._encoder = encoder
         self._digest = digest
         self._device = device
@@ -151,7 +152,7 @@ class LightSegmenter:
             embedding = encoded.tensors["embedding"].to(self._device).float()
             points = self._prompt_encoder.points(xy.to(self._device), kinds.to(self._device))
             image = embedding + self._prompt_encoder.dense(previous)
-            logits, scores = self._mask_decoder(image, self._prompt_encoder.grid_position(), points)
+            logits, scores = self._mask_decoder(image, self._grid, points)
         values = logits[0].float().cpu().numpy()
         height, width = (-(-size * values.shape[1] // SIDE) for size in fit.resized)
         areas = [np.count_nonzero(values[token, :height, :width] > 0) for token in _MULTI]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ml_backend import brush
-from ml_backend.app import create_app
+from ml_backend.app import create_app, without_masks
 from ml_backend.label_config import make_config
 from tests.ml_backend.conftest import TOKEN, ask, box, click, picture, recorded, recordings
 
@@ -440,3 +440,23 @@ def test_no_token_body_or_pixel_is_ever_logged(make_service, caplog, label_studi
         assert canary not in line, line
         assert TOKEN not in line
         assert str(answer["result"][0]["value"]["rle"][:12])[1:-1] not in line
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        (b'{"value": {"rle": [0, 255, 7], "x": 1}}', {"value": {"rle": [], "x": 1}}),
+        (b'{"rle":[1,2],"y":{"rle"\n:\t[3]}}', {"rle": [], "y": {"rle": []}}),
+        (b'{"text": "\\"rle\\": [1, 2]", "rle": []}', {"text": '"rle": [1, 2]', "rle": []}),
+        (b'{"rle": ["a]b", 1], "rle ": [1]}', {"rle": ["a]b", 1], "rle ": [1]}),
+        (b'{"a": ["rle", [1, 2]], "rle": 5, "b": [3]}', {"a": ["rle", [1, 2]], "rle": 5, "b": [3]}),
+        (b'{"rle": [[1], 2], "b": "rle"}', {"rle": [[1], 2], "b": "rle"}),
+    ],
+)
+def test_masks_are_emptied_before_a_body_is_read_and_nothing_else_is_touched(body, left):
+    assert json.loads(without_masks(body)) == left
+
+
+@pytest.mark.parametrize("body", [b'{"rle": [1, 2', b'"rle"', b'"rle":[', b"", b'{"rle" [1]}'])
+def test_a_broken_body_is_left_as_it_is(body):
+    assert without_masks(body) == body

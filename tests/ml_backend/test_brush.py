@@ -294,3 +294,15 @@ def test_a_stream_is_read_at_least_five_times_as_fast_as_by_the_sdk(make, height
     ours = best_of(3, lambda: decode(rle, height=height, width=width))
     theirs = best_of(3, lambda: sdk_decode(rle, height, width))
     assert theirs / ours >= 5
+
+
+def test_without_the_surplus_byte_a_stream_ends_with_its_last_value_as_the_editor_stores_it():
+    rng = np.random.default_rng(11)
+    shorter = 0
+    for _ in range(300):
+        mask = rng.random((rng.integers(1, 20), rng.integers(1, 20))) < 0.5
+        full, bare = encode(mask), encode(mask, surplus=False)
+        assert full in (bare, [*bare, 0])
+        shorter += len(full) > len(bare)
+        np.testing.assert_array_equal(decode(bare, height=mask.shape[0], width=mask.shape[1]), mask)
+    assert 0 < shorter < 150, "about one in eight"
