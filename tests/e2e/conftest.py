@@ -29,7 +29,7 @@ from playwright.sync_api import Browser, sync_playwright
 from tests.conftest import ROOT
 from tests.e2e.editor import VIEWPORT, Editor
 from tests.e2e.label_studio_server import LabelStudio, NotInstallable, connect, start_label_studio
-from tests.e2e.photos import Photo, coffee, find_photo
+from tests.e2e.photos import Photo, drawn, find_photo
 from tests.e2e.servers import Server, free_port, get_text, serve
 
 _HEALTHY_S = 60
@@ -212,4 +212,4 @@ def pictures(publishing: bool, tmp_path: Path) -> Pictures:
 @pytest.fixture(scope="package")
 def photo(publishing: bool) -> Photo:
     """A real photo; for pictures that are published, one whose licence lets us."""
-    return coffee() if publishing else find_photo(ROOT.parent / "shared")
+    return drawn() if publishing else find_photo(ROOT.parent / "shared")
