@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from model.robot import next_click
 from model.types import Click, Mask, RGBImage
+from tests.coco import decode_coco
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 WIDTH, HEIGHT = 3000, 2000
@@ -82,33 +83,6 @@ def annotated(data_set: str, *, split: str | None = None, level: str = "object")
             height, width = annotation["segmentation"]["size"]
             mask = decode_coco(annotation["segmentation"]["counts"], height=height, width=width)
             yield Annotated(folder / "images" / image["file_name"], mask)
-
-
-def decode_coco(counts: str, *, height: int, width: int) -> Mask:
-    """Return the mask of COCO's compressed run lengths (column by column, not Label Studio's).
-
-    Each run is written in base 32, lowest digits first, one character a digit: 48 + digit, 32 more when others follow;
-    the fifth bit of the last is the sign. From the fourth run on it is the difference to the run two before.
-
-    >>> decode_coco("132", height=2, width=3)
-    array([[False,  True, False],
-           [ True,  True, False]])
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts:
-        digit = ord(character) - 48
-        value |= (digit & 31) << shift
-        shift += 5
-        if digit & 32:
-            continue
-        if digit & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    on = np.arange(len(runs)) % 2 == 1
-    mask: Mask = np.repeat(on, runs).reshape(width, height).T
-    return mask
 
 
 def make_photos(folder: Path, count: int) -> list[Photo]:

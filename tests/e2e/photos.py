@@ -10,12 +10,12 @@ import io
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from model.types import Mask
+from tests.coco import decode_coco
 from tests.e2e.masks import Spot, deepest
 
 _COCO = "coco_000000361180"
@@ -93,7 +93,7 @@ def read_coco(folder: Path, name: str) -> Photo:
     described = json.loads((folder / "annotations.json").read_text())
     (image,) = (image for image in described["images"] if image["file_name"] == f"{name}.jpg")
     (object_,) = (item for item in described["annotations"] if item["image_id"] == image["id"])
-    truth = decode_coco(object_["segmentation"])
+    truth = decode_coco(object_["segmentation"]["counts"], height=image["height"], width=image["width"])
     width, height = image["width"], image["height"]
     left, top, wide, high = object_["bbox"]
     return Photo(
@@ -114,27 +114,3 @@ def turned(photo: Photo) -> Photo:
     with Image.open(io.BytesIO(photo.data)) as upright, io.BytesIO() as buffer:
         upright.convert("RGB").transpose(Image.Transpose.ROTATE_90).save(buffer, "JPEG", quality=92, exif=exif)
         return replace(photo, name=f"{photo.name}-turned", data=buffer.getvalue())
-
-
-def decode_coco(segmentation: dict[str, Any]) -> Mask:
-    """Return a mask of COCO's compressed RLE: run lengths down the columns, off first.
-
-    A length is written in groups of five bits, the lowest first, each as one character from "0"; bit 5 says that more
-    follow, bit 4 of the last is the sign. From the third on they are differences to the length before last.
-
-    Source: `rleFrString` of cocoapi's maskApi.c.
-    """
-    height, width = segmentation["size"]
-    lengths: list[int] = []
-    value = shift = 0
-    for character in segmentation["counts"].encode():
-        bits = character - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-            value = shift = 0
-    flat = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
-    return flat.reshape(width, height).T
