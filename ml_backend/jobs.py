@@ -22,7 +22,6 @@ from rq import Queue, SimpleWorker
 from rq.exceptions import DuplicateJobError
 from rq.serializers import JSONSerializer
 
-from ml_backend import logs
 from ml_backend.images import TaskImage
 from ml_backend.settings import Settings
 from model.types import Refusal
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 ENCODE = "encode"
 _LIMIT_S = 120
-_KEEP_FAILED_S = 86_400
+_KEEP_FAILED_S = 600  # its id is taken as long, and the image not tried again
 
 
 def connect(url: str) -> redis.Redis:
@@ -58,6 +57,7 @@ def enqueue_encoding(connection: redis.Redis, images: Sequence[TaskImage]) -> No
 def encode_later(service: Service, images: list[TaskImage]) -> int:
     """Have images encoded by the worker, or by this process where no Redis answers. Returns how many are queued."""
     settings = service.settings
+    images = [image for image in images if image.uri[:5].lower() != "data:"]  # megabytes, and no fetch to spare
     if settings.redis_url is not None and settings.embedding_disk_mb:  # a worker hands over through files alone
         try:
             with connect(settings.redis_url) as connection:
@@ -111,7 +111,7 @@ def encode(task_id: int | None, uri: str) -> None:
     """Encode one task's image into the disk tier, where every web process finds it."""
     try:
         _service().encode_ahead(TaskImage(task_id, uri))
-    except Refusal as refusal:  # a failed job would keep its id, and the image would not be tried again for a day
+    except Refusal as refusal:  # a failed job would keep its id, and the image would not be tried again for a while
         log.warning("task %s is not encoded ahead: %s", task_id, refusal)
 
 
@@ -119,14 +119,16 @@ def work(settings: Settings, *, burst: bool = False) -> None:
     """Run jobs until stopped (or, with `burst`, until none is left), below everyone else's priority."""
     if settings.redis_url is None:
         raise SystemExit("GRACO_REDIS_URL is not set: 'python -m ml_backend run' starts a Redis and this worker itself")
-    logs.configure(settings.log_level, as_json=settings.log_json)
     os.nice(19)
     connection = redis.Redis.from_url(settings.redis_url)
-    worker = SimpleWorker(
-        [Queue(ENCODE, connection=connection, serializer=JSONSerializer)],
-        connection=connection,
-        serializer=JSONSerializer,
-    )
-    worker.work(burst=burst, logging_level="WARNING")
+    try:
+        worker = SimpleWorker(
+            [Queue(ENCODE, connection=connection, serializer=JSONSerializer)],
+            connection=connection,
+            serializer=JSONSerializer,
+        )
+        worker.work(burst=burst, logging_level="WARNING")
+    except redis.RedisError as error:
+        raise SystemExit(f"Redis does not answer ({error}); the worker ends, and is started again by 'run'") from None
     if _service.cache_info().currsize:
         _service().close()

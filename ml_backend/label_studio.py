@@ -37,6 +37,8 @@ LevelSource = Literal["number", "label", "attribute", "draft", "default"]
 
 MAX_SIDE = 100_000
 """Largest width and height of an image taken for one, in pixels."""
+MAX_PHRASE = 500
+"""Characters of a phrase."""
 PERCENT_TOLERANCE = 0.5
 """How far a click may lie outside the image, in percent of its side, and still be moved onto its border."""
 
@@ -116,6 +118,13 @@ def read_ask(
     by_hand = {tag.name for tag in config.outputs} - {tag.name for tag in config.prompts}
     pending = [group for group in _groups(context) if group.kind is not None and _from(group.anchor) not in by_hand]
     if not pending:
+        drawn = context.get("result") if isinstance(context, dict) else None
+        if drawn:
+            kinds = sorted({_type(item) or "?" for item in drawn if isinstance(item, dict)})
+            raise Refusal(
+                f"none of the regions sent is a click or a box (they are {_shown(kinds)}); use a smart KeyPointLabels "
+                'or RectangleLabels tag, and set smart="false" on all others, BrushLabels above all'
+            )
         return None
     newest = pending[-1]
     image = config.image(newest.to_name)
@@ -493,6 +502,8 @@ def _phrase(config: LabelConfig, groups: Sequence[_Group]) -> str | None:
             given = _value(item).get("text")
             texts = given if isinstance(given, list) else [given]
             words = [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
+            if words and len(words[-1]) > MAX_PHRASE:
+                raise Refusal(f"the phrase has {len(words[-1])} characters, at most {MAX_PHRASE} are read; shorten it")
             if words:
                 return words[-1]
     return None

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from ml_backend import metrics
 from ml_backend.answers import AnswerStore
 from ml_backend.embeddings import EmbeddingCache
-from ml_backend.fetch import Fetcher
+from ml_backend.fetch import make_fetcher
 from ml_backend.images import ImageInfo, ImageSource, TaskImage
 from ml_backend.settings import Settings
 from model.proposals import whole_image
@@ -137,15 +137,8 @@ class Service:
         """Prepare everything but the model; `start` loads it in the background."""
         self.settings = settings
         self.model_version = version_of(FAMILY, WEIGHTS)
-        token = settings.label_studio_api_key
         self.images = ImageSource(
-            Fetcher(
-                settings.label_studio_url,
-                token.get_secret_value() if token else None,
-                max_bytes=settings.image_max_mb * 2**20,
-                timeout_s=settings.image_timeout_s,
-                allow_hosts=settings.allow_hosts,
-            ),
+            make_fetcher(settings),
             max_pixels=settings.image_max_megapixels * 10**6,
             ttl_s=settings.image_ttl_s,
         )
@@ -161,6 +154,8 @@ class Service:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="warm")
         self._waiting: set[TaskImage] = set()
         self._waiting_lock = threading.Lock()
+        self._queues: dict[TaskImage, tuple[threading.Lock, int]] = {}
+        self._queues_lock = threading.Lock()
 
     def start(self) -> None:
         """Begin to load the model in a thread of its own; a second call does nothing."""
@@ -238,16 +233,36 @@ class Service:
             encoded = cache.get(info.id)
             if encoded is not None:
                 return encoded, info
-        with timed("fetch"):
-            loaded = self.images.load(image.task_id, image.uri)
+        with self._alone(image):
+            known = self.images.identify(image.task_id, image.uri)
+            encoded = cache.get(known.id) if known is not None else None
+            if known is not None and encoded is not None:  # another thread was first
+                return encoded, known
+            with timed("fetch"):
+                loaded = self.images.load(image.task_id, image.uri)
 
-        def encode() -> Encoded:
-            with timed("encode"):
-                encoded = segmenter.encode(loaded.pixels)
-            _give_back_memory()
-            return encoded
+            def encode() -> Encoded:
+                with timed("encode"):
+                    encoded = segmenter.encode(loaded.pixels)
+                _give_back_memory()
+                return encoded
 
-        return cache.get_or_encode(loaded.id, encode), ImageInfo(loaded.id, loaded.width, loaded.height)
+            return cache.get_or_encode(loaded.id, encode), ImageInfo(loaded.id, loaded.width, loaded.height)
+
+    @contextmanager
+    def _alone(self, image: TaskImage) -> Iterator[None]:
+        """Let one thread at a time fetch, decode and encode an image; the others find what it has left."""
+        with self._queues_lock:
+            lock, waiting = self._queues.get(image, (threading.Lock(), 0))
+            self._queues[image] = lock, waiting + 1
+        try:
+            with lock:
+                yield
+        finally:
+            with self._queues_lock:
+                lock, waiting = self._queues.pop(image)
+                if waiting > 1:
+                    self._queues[image] = lock, waiting - 1
 
     def answer(self, image: TaskImage, info: ImageInfo, prompt: Prompt, *, proposals: int = 1) -> Prediction:
         """Return the prediction for `prompt` on `image`, encoding the image if no cache has it.

@@ -19,7 +19,7 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 lets other machines and containers in")
     port: int = Field(9090, ge=1, le=65535, description="port to listen on")
-    threads: int = Field(8, ge=2, le=256, description="requests answered at a time")
+    threads: int = Field(16, ge=4, le=256, description="requests answered at a time; a quarter is kept for /health")
     data_dir: Path = Field(Path("data"), description="where embeddings, remembered answers and Redis keep their files")
 
     cache_dir: Path = Field(
@@ -75,9 +75,16 @@ class Settings(BaseSettings):
     def _split_hosts(cls, value: object) -> object:
         return tuple(h.strip() for h in value.split(",") if h.strip()) if isinstance(value, str) else value
 
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("give it with its scheme: redis://host:6379/0, rediss://... or unix:///path")
+        return value
+
     @field_validator("label_studio_url")
     @classmethod
     def _check_url(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
-            raise ValueError(f"LABEL_STUDIO_URL is {value!r}; give it with its scheme, such as http://127.0.0.1:8080")
+            raise ValueError("give it with its scheme, such as http://127.0.0.1:8080")
         return value.rstrip("/") if value else None

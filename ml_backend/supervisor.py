@@ -42,9 +42,11 @@ class _Child:
     pause_s: float = 1.0
     environment: dict[str, str] = field(default_factory=dict)
 
-    def start(self) -> None:
+    def start(self, lock: int) -> None:
+        """Start it; it holds the data folder's lock too, should the supervisor be killed before it."""
         self.started_s = time.monotonic()
-        self.process = subprocess.Popen(self.command, env=os.environ | self.environment, start_new_session=True)
+        environment = os.environ | self.environment
+        self.process = subprocess.Popen(self.command, env=environment, start_new_session=True, pass_fds=(lock,))
 
 
 def redis_server() -> str | None:
@@ -63,11 +65,15 @@ def redis_socket(data_dir: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"graco-redis-{os.getuid()}-{digest}.sock"
 
 
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 def web_command(settings: Settings) -> list[str]:
     """Return how gunicorn is started: one process, threads, the app loaded after the fork."""
     return [
         *(sys.executable, "-m", "gunicorn", "_wsgi:app", "--chdir", str(Path(__file__).resolve().parent.parent)),
-        *("--bind", f"{settings.host}:{settings.port}", "--workers", "1", "--worker-class", "gthread"),
+        *("--bind", f"{_bracketed(settings.host)}:{settings.port}", "--workers", "1", "--worker-class", "gthread"),
         *("--threads", str(settings.threads), "--timeout", "120", "--graceful-timeout", "10", "--keep-alive", "30"),
         *("--log-level", "warning"),
     ]
@@ -83,7 +89,7 @@ def run(settings: Settings) -> int:
         except OSError:
             log.error("another run uses %s already; stop that one, or set GRACO_DATA_DIR and GRACO_PORT", data_dir)
             return 1
-        return _watch(_children(settings, data_dir))
+        return _watch(_children(settings, data_dir), lock.fileno())
 
 
 def _children(settings: Settings, data_dir: Path) -> list[_Child]:
@@ -116,7 +122,7 @@ def _redis_command(server: str, socket: Path, folder: Path) -> list[str]:
     ]
 
 
-def _watch(children: list[_Child]) -> int:
+def _watch(children: list[_Child], lock: int) -> int:
     stopping: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -125,10 +131,9 @@ def _watch(children: list[_Child]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, stop)
-    status = 0
     try:
         for child in children:
-            child.start()
+            child.start(lock)
         while not stopping:
             time.sleep(0.5)
             for child in children:
@@ -142,8 +147,8 @@ def _watch(children: list[_Child]) -> int:
                 if time.monotonic() - child.started_s > child.pause_s:
                     log.warning("%s ended with status %d and is started again", child.name, code)
                     child.pause_s = min(child.pause_s * 2, _LONGEST_PAUSE_S)
-                    child.start()
-        return status
+                    child.start(lock)
+        return 0
     finally:
         _stop([child for child in children if child.name != "redis"])
         _stop([child for child in children if child.name == "redis"])  # last, so that the worker can take its leave

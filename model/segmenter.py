@@ -94,6 +94,7 @@ def predict(
 def _memo_key(prompt: Prompt) -> Prompt:
     """The first step has no earlier answer to choose by granularity, so its state serves every level."""
     first = len(prompt.clicks) + (prompt.box is not None) == 1
+    prompt = replace(prompt, phrase=None)  # no family understands phrases yet
     return replace(prompt, granularity=None) if first else prompt
 
 

@@ -7,7 +7,7 @@ so that pixel (row, column) covers [column, column + 1) x [row, row + 1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite
 
 import numpy as np
@@ -122,7 +122,6 @@ class Prediction:
 
     proposals: tuple[Proposal, ...]
     adapter: str | None = None  # id of the adapter that answered; None: base weights
-    timings_ms: dict[str, float] = field(default_factory=dict)
 
     @property
     def best(self) -> Proposal:

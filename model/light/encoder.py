@@ -56,11 +56,12 @@ class TorchEncoder:
         self.name = "torch-fp16" if self.half else "torch-fp32"
         self._encoder = (encoder.half() if self.half else encoder.to(memory_format=torch.channels_last)).to(device)
         self._device = device
+        self._lock = threading.Lock()  # images one after the other: side by side they only take more memory
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Return the embedding 1, 256, 64, 64 in fp32."""
+        """Return the embedding 1, 256, 64, 64 in fp32; one call runs at a time."""
         pixels = pixels.to(self._device, torch.float16 if self.half else torch.float32)
-        with torch.inference_mode():
+        with self._lock, torch.inference_mode():
             embedding: Tensor = self._encoder(pixels.to(memory_format=torch.channels_last)).float()
         return embedding
 

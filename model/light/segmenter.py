@@ -6,6 +6,7 @@ levels 1-3 the smallest, 4-7 the middle, 8-10 the largest.
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,9 @@ from model.light.network import (
 )
 from model.light.weights import MASK_DECODER, PROMPT_ENCODER, load_part
 from model.segmenter import Device, Encoded, EncoderChoice, digest_of, read_weights
-from model.types import Granularity, Prediction, Prompt, Proposal, Refusal, RGBImage
+from model.types import Click, Granularity, Prediction, Prompt, Proposal, Refusal, RGBImage
+
+log = logging.getLogger(__name__)
 
 _MEAN = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1)
 _STD = torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1)
@@ -98,6 +101,26 @@ class LightSegmenter:
     ) -> Self:
         """Load weights and prepare the encoder; arguments and errors as `model.segmenter.load_segmenter`."""
         target = _pick_device(device)
+        if target.type == "cuda" and device == "auto":
+            try:
+                return cls._try(weights, encoder, threads, compiled)
+            except RuntimeError as error:  # a GPU that torch lists and cannot use, or one that is full
+                log.warning("the GPU cannot be used (%s); the CPU is", str(error).splitlines()[0])
+                target = torch.device("cpu")
+        return cls._load(weights, target, encoder, threads, compiled)
+
+    @classmethod
+    def _try(cls, weights: Path, encoder: EncoderChoice, threads: int, compiled: Path | None) -> Self:
+        """Load onto the GPU and answer one click there, so that one that does not work is found now."""
+        segmenter = cls._load(weights, torch.device("cuda"), encoder, threads, compiled)
+        encoded = segmenter.encode(np.zeros((64, 64, 3), np.uint8))
+        segmenter.step(encoded, Prompt(clicks=(Click(x=32, y=32, positive=True),)), None)
+        return segmenter
+
+    @classmethod
+    def _load(
+        cls, weights: Path, target: torch.device, encoder: EncoderChoice, threads: int, compiled: Path | None
+    ) -> Self:
         data = read_weights(weights)
         try:
             tensors = load(data)

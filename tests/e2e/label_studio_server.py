@@ -147,9 +147,8 @@ def _settings(url: str, folder: Path) -> dict[str, str]:
 def _find_environment(cache: Path) -> Path:
     """Return a virtual environment that holds Label Studio in our version, made now if there is none."""
     own = cache / f"label-studio-{VERSION}"
-    for environment in (own, Path.home() / ".cache" / "label-studio-probe" / "venv"):
-        if _version(environment) == VERSION:
-            return environment
+    if _version(own) == VERSION:
+        return own
     cache.mkdir(parents=True, exist_ok=True)
     _install([sys.executable, "-m", "venv", "--clear", str(own)])
     pip = [str(own / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]

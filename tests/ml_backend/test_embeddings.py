@@ -24,7 +24,7 @@ def encoded(value=0.0, size=64):
 
 
 def cache_in(folder, *, memory_kb=10_000, disk_kb=10_000):
-    return EmbeddingCache(folder, memory_bytes=memory_kb * KB, disk_bytes=disk_kb * KB)
+    return EmbeddingCache(folder and folder / "light-test", memory_bytes=memory_kb * KB, disk_bytes=disk_kb * KB)
 
 
 def ids(count):
@@ -77,7 +77,7 @@ def test_files_serve_the_next_process_and_hold_exactly_what_was_encoded(tmp_path
 def test_a_damaged_file_is_replaced_by_encoding_anew(tmp_path, damage, caplog):
     (image_id,) = ids(1)
     cache_in(tmp_path).get_or_encode(image_id, lambda: encoded(1.0))
-    (path,) = tmp_path.glob("*/*.safetensors")
+    (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(damage(path.read_bytes()))
     assert cache_in(tmp_path).get_or_encode(image_id, lambda: encoded(1.0)).height == 30
     assert "is unreadable" in caplog.text
@@ -92,16 +92,16 @@ def test_pruning_keeps_the_limit_and_the_files_used_last(tmp_path):
     fresh = cache_in(tmp_path)
     assert fresh.get(ids(10)[0]) is not None, "reading it makes it the newest"
     cache.prune()
-    left = {path.stem for path in tmp_path.glob("*/*.safetensors")}
+    left = {path.stem for path in tmp_path.rglob("*.safetensors")}
     assert left == {ids(10)[0], *ids(10)[6:]}
-    assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= 700 * KB
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) <= 700 * KB
 
 
 def test_what_is_written_prunes_by_itself(tmp_path):
     cache = cache_in(tmp_path, disk_kb=60)
     for image_id in ids(70):
         cache.get_or_encode(image_id, lambda: encoded(size=1))
-    assert len(list(tmp_path.glob("*/*.safetensors"))) <= 60
+    assert len(list(tmp_path.rglob("*.safetensors"))) <= 60
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning_and_no_click(tmp_path, caplog):
@@ -127,7 +127,11 @@ encoded = cache.get_or_encode("ab" * 32, lambda: Encoded({"embedding": torch.zer
 print(encoded.height)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(tmp_path / "light-test")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout == "30\n", done.stderr
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -194,7 +198,7 @@ print(json.dumps(wrong))
 """
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)],
+            [sys.executable, "-c", code, str(tmp_path / "light-test")],
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,
@@ -208,3 +212,21 @@ print(json.dumps(wrong))
         assert json.loads(out) == 0
         assert "unreadable" not in err
     assert list(tmp_path.rglob(".draft-*")) == []
+
+
+def test_files_of_another_encoding_and_drafts_of_a_killed_process_count_and_go_first(tmp_path):
+    old = EmbeddingCache(tmp_path / "light-old", memory_bytes=10_000 * KB, disk_bytes=10_000 * KB)
+    for image_id in ids(5):
+        old.get_or_encode(image_id, encoded)
+        os.utime(old._path(image_id), (1000, 1000))
+    stale, fresh = tmp_path / "light-old" / "00" / ".draft-a", tmp_path / "light-old" / "00" / ".draft-b"
+    for draft in (stale, fresh):
+        draft.write_text("half a file")
+    os.utime(stale, (1000, 1000))
+    cache = cache_in(tmp_path, disk_kb=700)
+    for image_id in ids(5):
+        cache.get_or_encode(image_id, encoded)
+    cache.prune()
+    assert all(cache._path(image_id).is_file() for image_id in ids(5))
+    assert not any(old._path(image_id).is_file() for image_id in ids(5))
+    assert (stale.exists(), fresh.exists()) == (False, True)

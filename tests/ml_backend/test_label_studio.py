@@ -206,21 +206,23 @@ def test_nothing_clicked_is_nothing_asked(context):
     assert read_ask(CONFIG, TASK, context, default_granularity=None) is None
 
 
-def test_results_without_a_click_ask_nothing():
+def test_results_without_a_click_are_refused_and_beside_one_passed_over():
     mask = click(type="brushlabels", from_name="mask", value={"format": "rle", "rle": [1], "brushlabels": ["Object"]})
     kept = click(value={"format": "rle", "rle": [1], "keypointlabels": ["Object"]})  # of an accepted mask
     task_number = {"id": "n", "type": "number", "from_name": "granularity_value", "value": {"number": 0.5}}
     relation = {"type": "relation", "from_id": "a", "to_id": "b"}
     ellipse = click("e", type="ellipselabels", from_name="e", value={"x": 1, "y": 1, "radiusX": 2, "radiusY": 2})
     polygon = click("p", type="polygonlabels", from_name="p", value={"points": [[1, 2]], "closed": True})
-    assert read(mask, kept, task_number, relation, polygon, ellipse, level(ellipse, "0.5")) is None
+    with pytest.raises(Refusal, match="none of the regions sent is a click or a box"):
+        read(mask, kept, task_number, relation, polygon, ellipse, level(ellipse, "0.5"))
     ask = ask_of(mask, click("two"), polygon)
     assert ask.click_ids == ("two",)
 
 
-def test_a_box_drawn_into_the_output_asks_nothing():
+def test_a_box_drawn_into_the_output_is_no_question():
     config = read_config(make_config(["Object"], output="rectangle"))
-    assert read(box() | {"from_name": "mask"}, config=config) is None
+    with pytest.raises(Refusal, match="is a click or a box"):
+        read(box() | {"from_name": "mask"}, config=config)
     assert read(box(), config=config) is not None
 
 
@@ -802,3 +804,23 @@ def test_what_is_no_region_is_skipped(annotation):
 )
 def test_a_shape_of_others_has_a_digest_too(value):
     assert len(shape_digest(value)) == 32
+
+
+@pytest.mark.parametrize("kind", ["hologram", "brush", "brushlabels", None])
+def test_a_drawing_that_is_no_click_is_refused_with_the_remedy(kind):
+    drawn = {"id": "a", "type": kind, "from_name": "mask", "to_name": "image", "value": {"format": "rle", "rle": [1]}}
+    config = read_config(make_config(["Object"]))
+    with pytest.raises(Refusal, match='smart="false" on all others'):
+        read_ask(config, {"id": 1, "data": {"image": "/a"}}, {"result": [drawn]}, default_granularity=None)
+
+
+def test_a_phrase_longer_than_a_phrase_is_refused():
+    task, context = {"id": 1, "data": {"image": "/a"}}, {"result": []}
+    base = {"id": "a", "to_name": "image", "original_width": 9, "original_height": 9, "is_positive": True}
+    spot = {"x": 5, "y": 5, "width": 1}
+    context["result"] = [
+        base | {"type": "keypointlabels", "from_name": "click", "value": spot | {"keypointlabels": ["Object"]}},
+        base | {"type": "textarea", "from_name": "phrase", "value": spot | {"text": ["wheel " * 100]}},
+    ]
+    with pytest.raises(Refusal, match="599 characters"):
+        read_ask(read_config(make_config(["Object"])), task, context, default_granularity=None)

@@ -100,6 +100,7 @@ def test_eight_threads_asking_for_one_new_image_encode_it_once(make_service, lab
     with ThreadPoolExecutor(8) as pool:
         masks = list(pool.map(first_click, range(8)))
     assert counted("graco_embeddings_total", source="encoded") == 1
+    assert label_studio.asked["/data/upload/9/new.png"] == 1, "fetched and decoded once too"
     assert all(np.array_equal(mask, masks[0]) for mask in masks)
 
 
@@ -126,6 +127,28 @@ def test_health_and_setup_answer_while_the_model_loads_and_the_first_click_waits
         go.set()
         assert first_click.result(60)["results"][0]["result"]
     assert client.get("/health").json["model_loaded"] is True
+
+
+def test_waiting_clicks_leave_places_for_health_and_one_too_many_is_told_so(make_service, segmenter, monkeypatch):
+    go = threading.Event()
+
+    def slow(*args, **kwargs):
+        go.wait(30)
+        return segmenter
+
+    monkeypatch.setattr(ml_backend.service, "load_segmenter", slow)
+    client = create_app(make_service(threads=4)).test_client()
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(post_elsewhere, client, ask(click(31, 40 + i))) for i in range(3)]
+        while client.get("/health").status_code == 200 and sum(f.running() for f in waiting) < 3:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        refused = post_elsewhere(client, ask(click(20, 20)))["results"][0]
+        assert refused["result"] == []
+        assert "busy" in refused["reason"]
+        go.set()
+        assert all(f.result(60)["results"][0]["result"] for f in waiting)
+    assert post_elsewhere(client, ask(click(20, 20)))["results"][0]["result"]
 
 
 def post_elsewhere(client, body):

@@ -10,7 +10,8 @@ from ml_backend.settings import Settings
 READ = {
     "GRACO_HOST": ("host", "0.0.0.0", "0.0.0.0"),
     "GRACO_PORT": ("port", "8080", 8080),
-    "GRACO_THREADS": ("threads", "3", 3),
+    "GRACO_THREADS": ("threads", "5", 5),
+    "GRACO_CACHE_DIR": ("cache_dir", "/var/cache/graco", Path("/var/cache/graco")),
     "GRACO_DATA_DIR": ("data_dir", "/var/graco", Path("/var/graco")),
     "LABEL_STUDIO_URL": ("label_studio_url", "https://ls.example/labels/", "https://ls.example/labels"),
     "LABEL_STUDIO_API_KEY": ("label_studio_api_key", "secret", "secret"),
@@ -80,3 +81,9 @@ def test_a_wrong_value_is_refused(monkeypatch, variable, wrong):
 def test_the_token_never_shows(monkeypatch):
     monkeypatch.setenv("LABEL_STUDIO_API_KEY", "canary-token")
     assert "canary-token" not in repr(Settings()) + str(Settings())
+
+
+def test_a_redis_address_of_another_scheme_is_refused_and_its_password_not_shown(monkeypatch):
+    monkeypatch.setenv("GRACO_REDIS_URL", "foo://user:canary@x")
+    with pytest.raises(ValidationError, match="with its scheme"):
+        Settings()

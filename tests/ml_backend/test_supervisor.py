@@ -46,6 +46,7 @@ def start(tmp_path):
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup
             )
         started.append(process)
         return process, f"http://127.0.0.1:{port}", log
@@ -112,7 +113,7 @@ def test_one_command_serves_restarts_what_dies_and_stops_without_orphans(start, 
     assert process.wait(15) == 0, log.read_text()
     assert time.monotonic() - start_s < 15
     wait_until(lambda: not any(alive(child) for child in everything), limit_s=5)
-    assert "Traceback" not in log.read_text()
+    assert "Traceback" not in log.read_text(), log.read_text()
 
 
 @pytest.mark.parametrize("nohup", [False, True], ids=["plain", "nohup"])
@@ -128,6 +129,22 @@ def test_a_closed_terminal_stops_everything_unless_nohup_was_asked_for(start, no
         process.send_signal(signal.SIGTERM)
     assert process.wait(15) == 0, log.read_text()
     wait_until(lambda: not any(alive(child) for child in everything), limit_s=5)
+
+
+def test_a_killed_supervisor_leaves_its_folder_locked_while_a_child_still_uses_it(start, tmp_path):
+    process, url, _ = start(None)
+    wait_until(lambda: health(url), limit_s=30)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait(5)
+    try:
+        second, _, log = start(None)
+        assert second.wait(30) == 1
+        assert "another run uses" in log.read_text()
+    finally:
+        for child in children:
+            child.kill()
+        psutil.wait_procs(children, timeout=10)
 
 
 def test_a_web_process_that_cannot_start_ends_the_command(start):

@@ -133,6 +133,14 @@ def test_the_fast_encoder_gives_the_masks_of_the_torch_path(segmenter, shared, t
     assert min(agreements) >= 0.99
 
 
+def test_the_fast_encoder_gives_the_masks_of_the_torch_path_on_a_drawn_scene_too(segmenter, scene, tmp_path):
+    fast = load_segmenter("light", WEIGHTS, device="cpu", encoder="fast", compiled=tmp_path)
+    for x, y in ((200, 220), (490, 300), (540, 250)):
+        prompt = Prompt(clicks=(Click(x=x, y=y, positive=True),))
+        reference, mask = (predict(s, s.encode(scene), prompt).best.mask for s in (segmenter, fast))
+        assert iou(reference, mask) >= 0.99
+
+
 def test_the_compiled_encoder_is_kept_and_used_by_the_next_start(tmp_path):
     for _ in range(2):
         encoder = OpenVinoEncoder(WEIGHTS, "0" * 64, 1, tmp_path)
