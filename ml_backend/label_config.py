@@ -475,13 +475,14 @@ def _check_names(tags: Sequence[_Tag]) -> Iterator[Finding]:
             yield _found("error", tag, f"{names[tag.name]} tags have this name; give each tag a name of its own")
         if tag.kind == "image":
             continue
-        for target in tag.to_name.split(","):
-            if target.strip() not in names:
-                yield _found(
-                    "error",
-                    tag,
-                    f"toName={quoteattr(tag.to_name)} points at no tag; write the name of the <Image> tag there",
-                )
+        if "," in tag.to_name:
+            yield _found(
+                "error", tag, f"toName={quoteattr(tag.to_name)} names several tags; give each image its own tag"
+            )
+            continue
+        if tag.to_name.strip() not in names:
+            sentence = f"toName={quoteattr(tag.to_name)} points at no tag; write the name of the <Image> tag there"
+            yield _found("error", tag, sentence)
 
 
 def _check_images(config: LabelConfig, tags: Sequence[_Tag]) -> Iterator[Finding]:

@@ -30,7 +30,7 @@ from ml_backend.label_config import (
     OutputTag,
     PromptKind,
 )
-from model.types import Box, Click, Granularity, Mask, Prediction, Prompt, Refusal
+from model.types import Box, Click, Granularity, Mask, Prompt, Refusal
 
 Json = dict[str, Any]
 LevelSource = Literal["number", "label", "attribute", "draft", "default"]
@@ -589,49 +589,6 @@ def shape_values(kind: OutputKind, mask: Mask) -> list[Json]:
     x, y, w, h = left / width, top / height, (right - left) / width, (bottom - top) / height
     sides = {"x": x, "y": y, "width": w, "height": h}
     return [{key: round(side * 100, _DECIMALS) for key, side in sides.items()} | {"rotation": 0}]
-
-
-def write_result(
-    ask: Ask,
-    config: LabelConfig,
-    output: OutputTag,
-    prediction: Prediction,
-    *,
-    model_version: str,
-    shapes: Sequence[Sequence[Json]] | None = None,
-) -> list[Json]:
-    """Return the regions of all proposals, best first.
-
-    Args:
-        ask: what was asked.
-        config: the labelling configuration.
-        output: the tag to use, as `choose_output` gave it.
-        prediction: our answer.
-        model_version: goes into the ids.
-        shapes: what `shape_values(output.kind, mask)` gave for each proposal; None: they are made here.
-
-    Raises:
-        Refusal: a mask has another size than Label Studio says the image has.
-    """
-    regions: list[Json] = []
-    for index, proposal in enumerate(prediction.proposals):
-        if proposal.mask.shape != (ask.height, ask.width):
-            height, width = proposal.mask.shape
-            raise Refusal(
-                f"Label Studio shows an image of {ask.width} x {ask.height} pixels, but the one we read has "
-                f"{width} x {height}; import the task again, or clear the browser's cache"
-            )
-        regions += write_regions(
-            ask,
-            config,
-            output,
-            shape_values(output.kind, proposal.mask) if shapes is None else shapes[index],
-            model_version=model_version,
-            score=proposal.score,
-            granularity=proposal.granularity,
-            index=index,
-        )
-    return regions
 
 
 def write_regions(

@@ -339,3 +339,9 @@ def test_levels_and_phrase_can_be_left_out():
 def test_what_cannot_be_printed_is_refused(classes, options, says):
     with pytest.raises(Refusal, match=says):
         make_config(classes, **options)
+
+
+def test_a_tag_for_several_images_is_an_error_that_says_what_to_write():
+    xml = make_config(["Car"]).replace('name="mask" toName="image"', 'name="mask" toName="image,other"')
+    found = [finding for finding in check_config(xml) if "several tags" in finding.sentence]
+    assert [finding.severity for finding in found] == ["error"]
