@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,39 +85,18 @@ class BoundedCache(Generic[V]):
                 self._held -= self._values.popitem(last=False)[1][1]
 
 
-class _Memo(MutableMapping[Prompt, State]):
+class _Memo:
     """The states of one image, seen through the cache that all images share."""
 
     def __init__(self, states: BoundedCache[State], image_id: str) -> None:
         self._states = states
         self._image_id = image_id
-        self._mine: dict[Prompt, State] = {}  # what this request has made or found, whatever the cache forgets
 
-    def __contains__(self, prompt: object) -> bool:
-        if prompt not in self._mine:
-            state = self._states.get((self._image_id, prompt))
-            if state is None:
-                return False
-            self._mine[prompt] = state  # type: ignore[index]
-        return True
+    def get(self, prompt: Prompt, /) -> State | None:
+        return self._states.get((self._image_id, prompt))
 
-    def __getitem__(self, prompt: Prompt) -> State:
-        if prompt not in self:
-            raise KeyError(prompt)
-        return self._mine[prompt]
-
-    def __setitem__(self, prompt: Prompt, state: State) -> None:
-        self._mine[prompt] = state
+    def __setitem__(self, prompt: Prompt, state: State, /) -> None:
         self._states.put((self._image_id, prompt), state)
-
-    def __delitem__(self, prompt: Prompt) -> None:
-        raise TypeError("states are forgotten by the cache alone")
-
-    def __iter__(self) -> Iterator[Prompt]:
-        return iter(self._mine)
-
-    def __len__(self) -> int:
-        return len(self._mine)
 
 
 @contextmanager

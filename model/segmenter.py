@@ -8,7 +8,6 @@ answer depends on image, prompt and weights alone; a memo of earlier states only
 from __future__ import annotations
 
 import hashlib
-from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,7 +19,16 @@ from model.types import Prediction, Prompt, Refusal, RGBImage
 Device = Literal["auto", "cpu", "cuda"]
 EncoderChoice = Literal["auto", "fast", "exact"]
 State = Any  # belongs to the family
-Memo = MutableMapping[Prompt, State]
+
+
+class Memo(Protocol):
+    """States of one image by prompt; a dict is one, and one that forgets will do."""
+
+    def get(self, prompt: Prompt, /) -> State | None:
+        """Return the state kept for `prompt`, or None."""
+
+    def __setitem__(self, prompt: Prompt, state: State, /) -> None:
+        """Keep a state."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,11 +90,13 @@ def predict(
     memo = {} if memo is None else memo
     starts = range(0 if prompt.box is not None else 1, len(prompt.clicks) + 1)
     prefixes = [_memo_key(replace(prompt, clicks=prompt.clicks[:n])) for n in starts]
-    known = next((i for i in reversed(range(len(prefixes))) if prefixes[i] in memo), None)
-    state = memo.get(prefixes[known]) if known is not None else None
-    if state is None:
-        known = None  # it was dropped between the two looks
-    for prefix in prefixes[0 if known is None else known + 1 :]:
+    state, missing = None, []
+    for prefix in reversed(prefixes):
+        state = memo.get(prefix)
+        if state is not None:
+            break
+        missing.append(prefix)
+    for prefix in reversed(missing):
         state = memo[prefix] = segmenter.step(encoded, prefix, state)
     return segmenter.render(encoded, prompt, state, proposals=proposals)
 
