@@ -30,15 +30,13 @@ from ml_backend.label_config import (
     OutputTag,
     PromptKind,
 )
-from model.types import Box, Click, Granularity, Mask, Prompt, Refusal
+from model.types import MAX_PHRASE, Box, Click, Granularity, Mask, Prompt, Refusal
 
 Json = dict[str, Any]
 LevelSource = Literal["number", "label", "attribute", "draft", "default"]
 
 MAX_SIDE = 100_000
 """Largest width and height of an image taken for one, in pixels."""
-MAX_PHRASE = 500
-"""Characters of a phrase."""
 PERCENT_TOLERANCE = 0.5
 """How far a click may lie outside the image, in percent of its side, and still be moved onto its border."""
 

@@ -1,4 +1,4 @@
-"""What every model family offers, and the one way to ask it: replay a prompt's clicks.
+"""What every model family offers, and the ways to ask it: replay a prompt's clicks, or take all levels of the first.
 
 A family encodes an image once, then takes one step per click; what a step leaves behind is its state. Callers carry
 `Encoded` and states about, and only the family looks into them. A prompt is replayed from its first click, so the
@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 from torch import Tensor
 
-from model.types import Prediction, Prompt, Refusal, RGBImage
+from model.geometry import FloatMap
+from model.types import Granularity, Prediction, Prompt, Refusal, RGBImage
 
 Device = Literal["auto", "cpu", "cuda"]
 EncoderChoice = Literal["auto", "fast", "exact"]
@@ -56,6 +57,20 @@ class Segmenter(Protocol):
     def encoding(self) -> str:
         """Names how images are encoded; embeddings of another `encoding` are not interchangeable."""
 
+    @property
+    def adapter(self) -> str | None:
+        """Name and digest of the adapter, such as light-granularity-1a2b3c4d; None: base weights alone."""
+
+    def with_adapter(self, adapter: Path | None) -> Self:
+        """Return a segmenter with another adapter, or none; it shares the base weights and this one stays as it is.
+
+        Raises:
+            Refusal: the file is missing, damaged, or fits another base.
+        """
+
+    def understood(self, prompt: Prompt) -> Prompt:
+        """Return the part of `prompt` that decides the answer: what this segmenter cannot use is taken out."""
+
     def encode(self, image: RGBImage) -> Encoded:
         """Return what all clicks on `image` (uint8 H, W, 3) share."""
 
@@ -65,22 +80,57 @@ class Segmenter(Protocol):
     def render(self, encoded: Encoded, prompt: Prompt, state: State, *, proposals: int = 1) -> Prediction:
         """Return the answer that `state` holds, masks at the image's size, at most `proposals` of them."""
 
+    def probability(self, encoded: Encoded, prompt: Prompt, state: State) -> FloatMap:
+        """Return the probability of each pixel to be in the mask that answers `prompt`, H, W in [0, 1]."""
+
 
 def predict(
     segmenter: Segmenter, encoded: Encoded, prompt: Prompt, *, memo: Memo | None = None, proposals: int = 1
 ) -> Prediction:
     """Return the answer to `prompt`: each click a step, the last one rendered.
 
+    With an adapter, `proposals` over 1, one click (or box) and neither level nor phrase, it is the ladder: masks of all
+    levels that differ, small to large.
+
     Args:
         segmenter: the family that encoded the image.
         encoded: the image.
         prompt: all clicks so far, or a box, or a box and then clicks.
         memo: states of earlier prompts on this very image, weights and adapter; read and added to.
-        proposals: how many masks are wanted when no granularity is given.
+        proposals: how many masks are wanted at most when neither granularity nor phrase is given.
 
     Raises:
         Refusal: the prompt names nothing to find.
     """
+    prompt = segmenter.understood(prompt)
+    open_question = prompt.granularity is None and prompt.phrase is None
+    if proposals > 1 and open_question and _is_first(prompt) and segmenter.adapter is not None:
+        state = _replay(segmenter, encoded, replace(prompt, granularity=ANY_LEVEL), memo)
+    else:
+        state = _replay(segmenter, encoded, prompt, memo)
+    return segmenter.render(encoded, prompt, state, proposals=proposals)
+
+
+def probability(segmenter: Segmenter, encoded: Encoded, prompt: Prompt) -> FloatMap:
+    """Return how sure the answer to `prompt` is of each pixel: H, W in [0, 1], over 0.5 inside the mask.
+
+    Raises:
+        Refusal: the prompt names nothing to find.
+    """
+    prompt = segmenter.understood(prompt)
+    return segmenter.probability(encoded, prompt, _replay(segmenter, encoded, prompt, None))
+
+
+ANY_LEVEL = Granularity(10)
+"""Stands for all levels in a memo's key: the first step serves every one of them."""
+
+
+def _is_first(prompt: Prompt) -> bool:
+    return len(prompt.clicks) + (prompt.box is not None) == 1
+
+
+def _replay(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo | None) -> State:
+    """Return the state after all clicks of an understood prompt."""
     if prompt.box is None and not any(click.positive for click in prompt.clicks):
         raise Refusal(
             "nothing says what to segment: click the object first, then Alt+click what to leave out"
@@ -89,7 +139,7 @@ def predict(
         )
     memo = {} if memo is None else memo
     starts = range(0 if prompt.box is not None else 1, len(prompt.clicks) + 1)
-    prefixes = [_memo_key(replace(prompt, clicks=prompt.clicks[:n])) for n in starts]
+    prefixes = [_memo_key(segmenter, replace(prompt, clicks=prompt.clicks[:n])) for n in starts]
     state, missing = None, []
     for prefix in reversed(prefixes):
         state = memo.get(prefix)
@@ -98,20 +148,22 @@ def predict(
         missing.append(prefix)
     for prefix in reversed(missing):
         state = memo[prefix] = segmenter.step(encoded, prefix, state)
-    return segmenter.render(encoded, prompt, state, proposals=proposals)
+    return state
 
 
-def _memo_key(prompt: Prompt) -> Prompt:
+def _memo_key(segmenter: Segmenter, prompt: Prompt) -> Prompt:
     """The first step has no earlier answer to choose by granularity, so its state serves every level."""
-    first = len(prompt.clicks) + (prompt.box is not None) == 1
-    prompt = replace(prompt, phrase=None)  # no family understands phrases yet
-    return replace(prompt, granularity=None) if first else prompt
+    if not _is_first(prompt):
+        return prompt
+    learned = segmenter.adapter is not None and prompt.granularity is not None
+    return replace(prompt, granularity=ANY_LEVEL if learned else None)
 
 
 def load_segmenter(
     family: str,
     weights: Path,
     *,
+    adapter: Path | None = None,
     device: Device = "auto",
     encoder: EncoderChoice = "auto",
     threads: int = 0,
@@ -122,6 +174,7 @@ def load_segmenter(
     Args:
         family: `light`.
         weights: the file of its base weights.
+        adapter: the file of a granularity adapter; None: the base alone, whose levels choose by rank of area.
         device: `auto` takes CUDA where there is one.
         encoder: `fast` compiles the image encoder for this CPU, `exact` runs it in torch fp32, `auto` is fast where
             that works.
@@ -134,7 +187,8 @@ def load_segmenter(
     if family == "light":
         from model.light.segmenter import LightSegmenter
 
-        return LightSegmenter.load(weights, device=device, encoder=encoder, threads=threads, compiled=compiled)
+        segmenter = LightSegmenter.load(weights, device=device, encoder=encoder, threads=threads, compiled=compiled)
+        return segmenter if adapter is None else segmenter.with_adapter(adapter)
     raise Refusal(f"model family {family!r} is unknown; this version has: light")
 
 

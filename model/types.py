@@ -19,6 +19,9 @@ Mask = npt.NDArray[np.bool_]  # H, W
 MAX_CLICKS = 100
 """Clicks one prompt may hold; more is a script, not a person, and each costs a decoder pass."""
 
+MAX_PHRASE = 500
+"""Characters a phrase may hold; more is a text, not the name of a thing."""
+
 
 class Refusal(ValueError):
     """We understood the request and decline; the message is for the person who made it."""
@@ -118,12 +121,12 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Prediction:
-    """Our answer to a prompt: one or several proposals, best first."""
+    """Our answer to a prompt: one proposal; or several, a ladder small to large, or best first where none is learned."""
 
     proposals: tuple[Proposal, ...]
     adapter: str | None = None  # id of the adapter that answered; None: base weights
 
     @property
     def best(self) -> Proposal:
-        """The proposal to show when only one is wanted."""
-        return self.proposals[0]
+        """The proposal to show when only one is wanted: the one with the highest score."""
+        return max(self.proposals, key=lambda proposal: proposal.score)

@@ -1,14 +1,15 @@
 """The `light` family as a `Segmenter`: one encoder run per image, one decoder pass per click.
 
-Until granularity is learned, a level chooses among the decoder's three masks (tokens 1-3) by rank of area:
-levels 1-3 the smallest, 4-7 the middle, 8-10 the largest.
+With an adapter a prompt with a level or a phrase goes to the ladder decoder, whose pass answers all ten levels; one with
+neither goes to the base's decoder, as if there were no adapter. Without an adapter a level chooses among the base's
+three masks (tokens 1-3) by rank of area: levels 1-3 the smallest, 4-7 the middle, 8-10 the largest.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -19,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from model.geometry import Fit, clip_box
+from model.geometry import Fit, FloatMap, clip_box
+from model.light.adapter import LadderAdapter, load_ladder
 from model.light.encoder import EncoderRuntime, make_encoder
+from model.light.ladder import LEVELS, cells, fill_square
 from model.light.network import (
     BOX_BOTTOM_RIGHT,
     BOX_TOP_LEFT,
@@ -32,20 +35,25 @@ from model.light.network import (
     PromptEncoder,
 )
 from model.light.weights import MASK_DECODER, PROMPT_ENCODER, load_part
+from model.metrics import iou
 from model.segmenter import Device, Encoded, EncoderChoice, digest_of, read_weights
 from model.types import Click, Granularity, Prediction, Prompt, Proposal, Refusal, RGBImage
 
 log = logging.getLogger(__name__)
 
+_DECODING = threading.Lock()  # passes side by side on the same cores take longer each and gain nothing
 _MEAN = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1)
 _STD = torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1)
 _SINGLE, _MULTI = 0, (1, 2, 3)  # mask tokens
 _RANK_LEVELS = (Granularity(2), Granularity(5), Granularity(10))  # where the three masks stand, small to large
 
 
+_SAME = 0.85  # masks of a ladder that agree more than this (IoU) are one
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LightState:
-    """The decoder's answer to the clicks so far."""
+    """The base decoder's answer to the clicks so far."""
 
     logits: npt.NDArray[np.float32]  # 4, 256, 256
     scores: tuple[float, ...]  # expected IoU of each, 0..1
@@ -58,6 +66,28 @@ class LightState:
         if len(prompt.clicks) + 2 * (prompt.box is not None) > 1:
             return _SINGLE  # several clicks, or a box, leave little doubt; the single mask is the better one then
         return max(_MULTI, key=lambda token: self.scores[token])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LadderState:
+    """The ladder decoder's answer to the clicks so far: levels 1 .. 10, then the phrase's if there was one."""
+
+    logits: npt.NDArray[np.float16]  # 10 or 11, 256, 256
+    scores: tuple[float, ...]  # expected IoU of each, 0..1
+
+    def token(self, prompt: Prompt) -> int:
+        """Return the place of the mask that answers `prompt`: its level's, else the phrase's."""
+        return LEVELS if prompt.granularity is None else prompt.granularity.level - 1
+
+    def ladder(self, fit: Fit, at_most: int) -> list[int]:
+        """Return the levels (0 .. 9) whose masks differ, of those alike the one with the best score, small to large."""
+        height, width = _filled(fit, self.logits.shape[1])
+        masks = self.logits[:LEVELS, :height, :width] > 0
+        kept: list[int] = []
+        for level in sorted(range(LEVELS), key=lambda level: -self.scores[level]):
+            if masks[level].any() and all(iou(masks[level], masks[other]) <= _SAME for other in kept):
+                kept.append(level)
+        return sorted(kept[:at_most], key=lambda level: int(np.count_nonzero(masks[level])))
 
 
 def rank_of(granularity: Granularity) -> int:
@@ -79,15 +109,17 @@ class LightSegmenter:
         encoder: EncoderRuntime,
         digest: str,
         device: torch.device,
+        adapter: LadderAdapter | None = None,
     ) -> None:
-        """Take the network's parts in eval mode, on their device, and the digest of its weights."""
+        """Take the network's parts in eval mode, on their device, the digest of its weights, and an adapter."""
         self._prompt_encoder = prompt_encoder
         self._mask_decoder = mask_decoder
         self._grid = prompt_encoder.grid_position()
         self._encoder = encoder
         self._digest = digest
         self._device = device
-        self._decoding = threading.Lock()  # passes side by side on the same cores take longer each and gain nothing
+        self._adapter = adapter
+        self._decoding = _DECODING
 
     @classmethod
     def load(
@@ -150,6 +182,25 @@ class LightSegmenter:
         return f"light-{self._digest[:8]}"
 
     @property
+    def adapter(self) -> str | None:
+        """Name and digest of the adapter."""
+        return None if self._adapter is None else self._adapter.id
+
+    def with_adapter(self, adapter: Path | None) -> Self:
+        """Return a segmenter with another adapter; it shares everything else."""
+        ladder = None
+        if adapter is not None:
+            ladder = load_ladder(adapter, self._mask_decoder, self._digest, self._device)
+        parts = self._prompt_encoder, self._mask_decoder, self._encoder, self._digest, self._device
+        return type(self)(*parts, ladder)
+
+    def understood(self, prompt: Prompt) -> Prompt:
+        """Return `prompt` with its phrase as the adapter's vocabulary knows it, or without."""
+        if prompt.phrase is None:
+            return prompt
+        return replace(prompt, phrase=None if self._adapter is None else self._adapter.known(prompt.phrase))
+
+    @property
     def encoding(self) -> str:
         """Weights and runtime of the encoder."""
         return f"{self.version}-{self._encoder.name}"
@@ -162,22 +213,23 @@ class LightSegmenter:
         pixels[0, :, : resized.shape[1], : resized.shape[2]] = (resized - _MEAN) / _STD
         return Encoded({"embedding": self._encoder(pixels).half().cpu().contiguous()}, fit.height, fit.width)
 
-    def step(self, encoded: Encoded, prompt: Prompt, state: LightState | None) -> LightState:
+    def step(self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState | None) -> LightState | LadderState:
         """Return the decoder's answer to all clicks of `prompt`, the chosen mask of `state` as its previous mask."""
         fit = Fit(encoded.height, encoded.width, SIDE)
         xy, kinds = _points(prompt, fit)
         previous = None
         if state is not None:
-            before = len(prompt.clicks) - 1
-            shown = state.token(Prompt(clicks=prompt.clicks[:before], box=prompt.box, granularity=prompt.granularity))
-            previous = torch.from_numpy(state.logits[shown]).to(self._device)[None, None]
+            shown = state.token(replace(prompt, clicks=prompt.clicks[:-1]))
+            previous = torch.from_numpy(state.logits[shown]).to(self._device).float()[None, None]
         with self._decoding, torch.inference_mode():
             embedding = encoded.tensors["embedding"].to(self._device).float()
             points = self._prompt_encoder.points(xy.to(self._device), kinds.to(self._device))
             image = embedding + self._prompt_encoder.dense(previous)
+            if self._adapter is not None and (prompt.granularity is not None or prompt.phrase is not None):
+                return self._climb(self._adapter, image, points, prompt.phrase, fit)
             logits, scores = self._mask_decoder(image, self._grid, points)
         values = logits[0].float().cpu().numpy()
-        height, width = (-(-size * values.shape[1] // SIDE) for size in fit.resized)
+        height, width = _filled(fit, values.shape[1])
         areas = [np.count_nonzero(values[token, :height, :width] > 0) for token in _MULTI]
         return LightState(
             values,
@@ -185,23 +237,54 @@ class LightSegmenter:
             tuple(_MULTI[i] for i in np.argsort(areas, kind="stable")),
         )
 
-    def render(self, encoded: Encoded, prompt: Prompt, state: LightState, *, proposals: int = 1) -> Prediction:
-        """Return the chosen mask, or with no granularity and one click up to three, best first."""
+    def _climb(self, adapter: LadderAdapter, image: Tensor, points: Tensor, phrase: str | None, fit: Fit) -> LadderState:
+        rows, columns = cells(*fit.resized)
+        image, position = image[..., :rows, :columns], self._grid[..., :rows, :columns]
+        ladder = adapter.answer(image, position, points, phrase)
+        logits = fill_square(ladder.logits.float())[0].half().cpu().numpy()
+        return LadderState(logits, tuple(float(s) for s in ladder.scores[0].sigmoid()))
+
+    def render(
+        self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState, *, proposals: int = 1
+    ) -> Prediction:
+        """Return the chosen mask; or with no level, several: a ladder small to large, or the base's three, best first."""
         fit = Fit(encoded.height, encoded.width, SIDE)
-        chosen = state.token(prompt)
-        tokens = {chosen: prompt.granularity}
-        if proposals > 1 and prompt.granularity is None and chosen != _SINGLE:
-            levels = dict(zip(state.by_area, _RANK_LEVELS, strict=True))
-            ranked = sorted(_MULTI, key=lambda token: -state.scores[token])
-            tokens = {token: levels[token] for token in ranked[:proposals]}
+        tokens: dict[int, Granularity | None]
+        if isinstance(state, LadderState):
+            if prompt.granularity is None and prompt.phrase is None:
+                tokens = {level: Granularity(level + 1) for level in state.ladder(fit, proposals)}
+            else:
+                tokens = {state.token(prompt): prompt.granularity}
+        else:
+            chosen = state.token(prompt)
+            tokens = {chosen: prompt.granularity}
+            if proposals > 1 and prompt.granularity is None and chosen != _SINGLE:
+                levels = dict(zip(state.by_area, _RANK_LEVELS, strict=True))
+                ranked = sorted(_MULTI, key=lambda token: -state.scores[token])
+                tokens = {token: levels[token] for token in ranked[:proposals]}
         return Prediction(
             proposals=tuple(
                 Proposal(
-                    mask=fit.paste_back(state.logits[token]) > 0, score=state.scores[token], granularity=granularity
+                    mask=fit.paste_back(np.asarray(state.logits[token], np.float32)) > 0,
+                    score=state.scores[token],
+                    granularity=granularity,
                 )
                 for token, granularity in tokens.items()
-            )
+            ),
+            adapter=self.adapter if isinstance(state, LadderState) else None,
         )
+
+    def probability(self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState) -> FloatMap:
+        """Return the probability map of the chosen mask."""
+        fit = Fit(encoded.height, encoded.width, SIDE)
+        logits = fit.paste_back(np.asarray(state.logits[state.token(prompt)], np.float32))
+        return np.asarray(torch.from_numpy(logits).sigmoid().numpy(), np.float32)
+
+
+def _filled(fit: Fit, side: int) -> tuple[int, int]:
+    """Return how many rows and columns of a square of logits the photo fills."""
+    height, width = (-(-size * side // SIDE) for size in fit.resized)
+    return height, width
 
 
 def _points(prompt: Prompt, fit: Fit) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ scenes where that folder is missing.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from model.annotations import read_annotations
 from model.robot import next_click
 from model.types import Click, Mask, RGBImage
-from tests.coco import decode_coco
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 WIDTH, HEIGHT = 3000, 2000
@@ -75,14 +74,8 @@ def annotated(data_set: str, *, split: str | None = None, level: str = "object")
     folder = SHARED / data_set
     if not (folder / "annotations.json").is_file():
         return
-    content = json.loads((folder / "annotations.json").read_text())
-    images = {image["id"]: image for image in content["images"]}
-    for annotation in content["annotations"]:
-        image = images[annotation["image_id"]]
-        if annotation["level"] == level and split in (None, image["split"]):
-            height, width = annotation["segmentation"]["size"]
-            mask = decode_coco(annotation["segmentation"]["counts"], height=height, width=width)
-            yield Annotated(folder / "images" / image["file_name"], mask)
+    for image in read_annotations(folder, split=split).images:
+        yield from (Annotated(image.path, mask.mask()) for mask in image.masks if mask.level == level)
 
 
 def make_photos(folder: Path, count: int) -> list[Photo]:

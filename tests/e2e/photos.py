@@ -7,15 +7,14 @@ The car is drawn by this module, so pictures of it may be published: it is what 
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from model.annotations import read_annotations
 from model.types import Mask
-from tests.coco import decode_coco
 from tests.e2e.masks import Spot, deepest
 
 _COCO = "coco_000000361180"
@@ -90,19 +89,21 @@ def drawn() -> Photo:
 
 def read_coco(folder: Path, name: str) -> Photo:
     """Return a photo of a COCO-style folder whose single object fills a good part of it."""
-    described = json.loads((folder / "annotations.json").read_text())
-    (image,) = (image for image in described["images"] if image["file_name"] == f"{name}.jpg")
-    (object_,) = (item for item in described["annotations"] if item["image_id"] == image["id"])
-    truth = decode_coco(object_["segmentation"]["counts"], height=image["height"], width=image["width"])
-    width, height = image["width"], image["height"]
-    left, top, wide, high = object_["bbox"]
+    (image,) = (image for image in read_annotations(folder).images if image.path.stem == name)
+    truth = image.masks[0].mask()
+    rows, columns = np.flatnonzero(truth.any(axis=1)), np.flatnonzero(truth.any(axis=0))
     return Photo(
         name=name,
-        data=(folder / "images" / image["file_name"]).read_bytes(),
-        width=width,
-        height=height,
+        data=image.path.read_bytes(),
+        width=image.width,
+        height=image.height,
         click=deepest(truth),
-        box=(left / width, top / height, (left + wide) / width, (top + high) / height),
+        box=(
+            float(columns[0] / image.width),
+            float(rows[0] / image.height),
+            float((columns[-1] + 1) / image.width),
+            float((rows[-1] + 1) / image.height),
+        ),
         truth=truth,
     )
 

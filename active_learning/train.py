@@ -1,0 +1,405 @@
+"""The training of a granularity adapter: one loop, from lessons to an adapter file.
+
+The encoder and the decoder's own weights stay as they are; what is learned are the level tokens, LoRA on Q and V of the
+decoder's attention, and the small heads that make masks of tokens. Each step shows one photo a few clicks, corrects
+the answers by up to two more clicks placed on the network's own errors, and counts every pass.
+
+Sources: GraCo (arXiv 2405.00587) for granularity-controllable learning; RITM (arXiv 2102.06583) for iterative clicks,
+the previous mask fed back, and the normalised focal loss.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from active_learning.dataset import EmbeddingFiles, Lesson, Sampler, targets
+from model.adapter import attach, load_lora, lora_state, switch_on
+from model.light.ladder import LOGITS_PER_CELL, LadderDecoder, fill_square
+from model.light.network import CHANNELS, GRID, POINT_NEGATIVE, POINT_PADDING, POINT_POSITIVE, SIDE, PromptEncoder
+from model.losses import normalised_focal, shrinkage, soft_iou
+from model.robot import next_click, sample_click
+from model.types import Click, Refusal
+
+log = logging.getLogger(__name__)
+
+LEVEL, PHRASE = "level", "phrase"
+_LOGIT_PIXELS = SIDE // (GRID * LOGITS_PER_CELL)  # of the square, along one side of a logit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """How one branch is trained; every value is part of the recipe."""
+
+    branch: str = LEVEL
+    steps: int = 2000
+    clicks: int = 6  # first clicks on the photo of a step
+    most_clicks: int = 3  # of one prompt, corrections included
+    go_on: float = 0.6  # chance of a further click
+    central: float = 0.5  # share of first clicks at the middle of their mask
+    rank: int = 8
+    alpha: float = 16.0
+    learning_rate: float = 1e-3  # of LoRA and tokens
+    head_learning_rate: float = 3e-4  # of heads and upscaling
+    weight_decay: float = 1e-4
+    warmup: int = 100  # steps
+    clip: float = 1.0  # largest norm of a step's gradient
+    focal: float = 1.0  # weights of the losses
+    overlap: float = 1.0
+    growth: float = 0.5
+    score: float = 0.2
+    average: float = 0.998  # of the moving average of the weights, which is what is kept
+    level_power: float = 0.5
+    kind_weights: dict[str, float] = field(default_factory=lambda: {"object": 1.0, "part": 1.0, "subpart": 0.5})
+    precision: str = "bf16"  # or no: fp32
+    device: str = "auto"  # or cpu
+    seed: int = 0
+    checkpoint_every: int = 200  # steps
+    log_every: int = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a training stands, for a progress bar."""
+
+    step: int
+    steps: int
+    figures: dict[str, float]  # means since the last one
+
+
+def trainable_names(network: LadderDecoder, branch: str) -> list[str]:
+    """Return the parameters beside LoRA that a branch trains."""
+    own = ("phrase_token.", "phrase_projection.", "phrase_mixing")
+    if branch == PHRASE:
+        return [name for name, _ in network.named_parameters() if name.startswith(own)]
+    frozen = (*own, "transformer.", "iou_token.")
+    return [name for name, _ in network.named_parameters() if not name.startswith(frozen) and "lora_" not in name]
+
+
+def prepare(network: LadderDecoder, config: TrainingConfig) -> None:
+    """Freeze what stays, attach the LoRA branch, and thaw what the branch trains."""
+    network.requires_grad_(False)
+    plain = trainable_names(network, config.branch)
+    attach(network.transformer, config.branch, rank=config.rank, alpha=config.alpha)
+    for name, parameter in network.named_parameters():
+        if name in plain:
+            parameter.requires_grad_(True)
+
+
+def fine_tune(
+    config: TrainingConfig,
+    network: LadderDecoder,
+    prompts: PromptEncoder,
+    sampler: Sampler,
+    embeddings: EmbeddingFiles,
+    folder: Path,
+    *,
+    phrases: Callable[[list[str]], Tensor] | None = None,
+    report: Callable[[Progress], None] = lambda _: None,
+    each_checkpoint: Callable[[int, LadderDecoder], None] = lambda *_: None,
+) -> None:
+    """Train one branch of `network` in place; at the end it holds the averaged weights.
+
+    Args:
+        config: the recipe.
+        network: prepared by `prepare`; branches attached earlier stay on and as they are.
+        prompts: the base's prompt encoder, frozen.
+        sampler: where lessons come from.
+        embeddings: of the sampler's photos.
+        folder: gets `checkpoint.pt` and TensorBoard's files; a checkpoint that is there is gone on from.
+        phrases: names to embeddings N, width; needed for the phrase branch.
+        report: called after every `log_every` steps.
+        each_checkpoint: called after each checkpoint with the averaged weights in `network`.
+
+    Raises:
+        Refusal: the checkpoint belongs to another recipe.
+    """
+    accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+    run = _Run(config, network, accelerator)
+    start = run.resume(folder / "checkpoint.pt")
+    prompts, position = prompts.to(accelerator.device), prompts.grid_position().to(accelerator.device)
+    branches = [LEVEL] if config.branch == LEVEL else [LEVEL, PHRASE]
+    switch_on(network.transformer, branches)
+    board = SummaryWriter(str(folder), purge_step=start)
+    sums: dict[str, list[float]] = defaultdict(list)
+    began = time.monotonic()
+    for step in range(start, config.steps):
+        lesson = sampler.draw(run.rng, config.clicks)
+        embedding = embeddings.read(lesson.photo).to(accelerator.device).float()
+        named = None
+        if config.branch == PHRASE:
+            assert phrases is not None
+            named = phrases([lesson.photo.names[i] for i in lesson.primaries]).to(accelerator.device)
+        with accelerator.autocast():
+            loss, figures = _teach(config, run.model, prompts, position, embedding, lesson, run.rng, named)
+        accelerator.backward(loss)
+        figures["gradient"] = run.update(step)
+        for name, value in figures.items():
+            sums[name].append(value)
+        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+            means = {name: float(np.mean(values)) for name, values in sums.items()}
+            means["clicks a second"] = (step + 1 - start) * config.clicks / (time.monotonic() - began)
+            for name, value in means.items():
+                board.add_scalar(f"{config.branch}/{name}", value, step + 1)
+            report(Progress(step + 1, config.steps, means))
+            sums.clear()
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            run.save(folder / "checkpoint.pt", step + 1)
+            with run.averaged():
+                each_checkpoint(step + 1, network)
+    board.close()
+    run.keep_average()
+
+
+class _Run:
+    """What changes while a training runs: weights, their average, the optimiser, and the source of randomness."""
+
+    def __init__(self, config: TrainingConfig, network: LadderDecoder, accelerator: Accelerator) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.rng = np.random.default_rng([config.seed, accelerator.process_index])
+        self.named = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        fast = [p for n, p in self.named.items() if not n.startswith(("heads.", "output_upscaling."))]
+        slow = [p for n, p in self.named.items() if n.startswith(("heads.", "output_upscaling."))]
+        groups = [{"params": fast, "peak": config.learning_rate}, {"params": slow, "peak": config.head_learning_rate}]
+        network.to(accelerator.device)
+        optimiser = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=config.weight_decay)
+        self.model, self.optimiser = accelerator.prepare(network, optimiser)
+        self.average = {name: p.detach().clone() for name, p in self.named.items()}
+
+    def update(self, step: int) -> float:
+        """Take one step of the optimiser and of the average; return the gradient's norm."""
+        warm = min(1.0, (step + 1) / max(1, self.config.warmup))
+        rest = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / self.config.steps))
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * warm * rest
+        norm = self.accelerator.clip_grad_norm_(list(self.named.values()), self.config.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        keep = min(self.config.average, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                self.average[name].lerp_(parameter.detach(), 1 - keep)
+        return float(norm)
+
+    def save(self, path: Path, step: int) -> None:
+        """Write everything a later run needs to go on exactly; the file appears whole or not at all."""
+        if not self.accelerator.is_main_process:
+            return
+        content = {
+            "step": step,
+            "recipe": json.dumps(asdict(self.config), sort_keys=True),
+            "rng": json.dumps(self.rng.bit_generator.state),
+            "torch_rng": torch.get_rng_state(),
+            "weights": {name: p.detach().cpu() for name, p in self.named.items()},
+            "average": {name: value.cpu() for name, value in self.average.items()},
+            "optimiser": self.optimiser.state_dict(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.draft")
+        torch.save(content, draft)
+        draft.replace(path)
+
+    def resume(self, path: Path) -> int:
+        """Take over a checkpoint, if there is one; return the number of steps done."""
+        if not path.is_file():
+            return 0
+        content = torch.load(path, weights_only=True, map_location=self.accelerator.device)
+        if content["recipe"] != json.dumps(asdict(self.config), sort_keys=True):
+            raise Refusal(f"{path} belongs to another recipe; name another output folder, or delete it")
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter.copy_(content["weights"][name])
+                self.average[name].copy_(content["average"][name])
+        self.optimiser.load_state_dict(content["optimiser"])
+        self.rng.bit_generator.state = json.loads(content["rng"])
+        torch.set_rng_state(content["torch_rng"].cpu())
+        log.info("going on from step %d of %s", content["step"], path)
+        return int(content["step"])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the averaged weights in the network for a while."""
+        kept = {name: p.detach().clone() for name, p in self.named.items()}
+        self.keep_average()
+        try:
+            yield
+        finally:
+            self._set(kept)
+
+    def keep_average(self) -> None:
+        """Leave the averaged weights in the network."""
+        self._set(self.average)
+
+    @torch.no_grad()
+    def _set(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.named.items():
+            parameter.copy_(values[name])
+
+
+def _teach(
+    config: TrainingConfig,
+    model: nn.Module,
+    prompts: PromptEncoder,
+    position: Tensor,
+    embedding: Tensor,
+    lesson: Lesson,
+    rng: np.random.Generator,
+    phrases: Tensor | None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the loss of all passes of a lesson, and figures of it."""
+    rows, columns = lesson.photo.rows // LOGITS_PER_CELL, lesson.photo.columns // LOGITS_PER_CELL
+    seen = embedding[:, :, :rows, :columns]
+    position = position[:, :, :rows, :columns]
+    inside = _inside(lesson).to(embedding.device)
+    truths = [lesson.masks[i] for i in lesson.primaries]
+    clicks = [[Click(x=float(x), y=float(y), positive=True)] for x, y in lesson.clicks]
+    active = np.arange(len(clicks))
+    asked = _asked_levels(lesson, rng)
+    previous: Tensor | None = None
+    losses: list[Tensor] = []
+    figures: dict[str, float] = {}
+    for turn in range(config.most_clicks):
+        added = prompts.dense(previous)[..., :rows, :columns]
+        image = (seen + added).expand(len(active), -1, -1, -1)
+        vectors = _vectors(prompts, [clicks[i] for i in active])
+        chosen = None if phrases is None else phrases[torch.from_numpy(active)]
+        ladder = model(image, position, vectors, chosen)
+        loss, ious = _loss(config, ladder.logits.float(), ladder.scores.float(), lesson, active, asked, inside, turn, phrases is not None)
+        losses.append(loss)
+        figures[f"IoU after {turn + 1}"] = float(ious.mean())
+        if turn + 1 == config.most_clicks or rng.random() >= config.go_on:
+            break
+        level = asked[active] if phrases is None else np.full(len(active), ladder.logits.shape[1] - 1)
+        answers = ladder.logits.detach()[torch.arange(len(active)), torch.from_numpy(level)].float()
+        going = []
+        for place, i in enumerate(active):
+            mask = (answers[place] > 0).cpu().numpy()
+            if rng.random() < config.central:
+                click = next_click(truths[i], mask, clicks[i])
+            else:
+                click = sample_click(truths[i], mask, rng, clicks[i])
+            if click is not None:
+                clicks[i].append(click)
+                going.append(place)
+        if not going:
+            break
+        previous = fill_square(answers[going][:, None])
+        active = active[going]
+    total = torch.stack(losses).mean()
+    figures["loss"] = float(total.detach())
+    return total, figures
+
+
+def _inside(lesson: Lesson) -> Tensor:
+    """Return 1 where a logit lies in the photo, 0 in the rest of its last cells: 1, rows, columns."""
+    scale = SIDE / max(lesson.photo.height, lesson.photo.width) / _LOGIT_PIXELS
+    inside = torch.zeros(1, lesson.photo.rows, lesson.photo.columns)
+    inside[:, : math.ceil(lesson.photo.height * scale), : math.ceil(lesson.photo.width * scale)] = 1
+    return inside
+
+
+def _asked_levels(lesson: Lesson, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return a level for each click, 0 .. 9: that of the mask it was placed for, drawn by weight."""
+    asked = np.zeros(len(lesson.primaries), np.int64)
+    for click in range(len(asked)):
+        own = np.flatnonzero((lesson.pair_click == click) & lesson.pair_primary)
+        weights = lesson.pair_weight[own].astype(np.float64)
+        asked[click] = lesson.pair_level[rng.choice(own, p=weights / weights.sum())]
+    return asked
+
+
+def _vectors(prompts: PromptEncoder, clicks: list[list[Click]]) -> Tensor:
+    """Return the prompt vectors of clicks in pixels of the logits, B, N + 1, 256; all have the same number of clicks."""
+    xy = torch.tensor([[(c.x, c.y) for c in one] for one in clicks]) * _LOGIT_PIXELS
+    kinds = torch.tensor([[POINT_POSITIVE if c.positive else POINT_NEGATIVE for c in one] for one in clicks])
+    xy = F.pad(xy, (0, 0, 0, 1))
+    kinds = F.pad(kinds, (0, 1), value=POINT_PADDING)
+    device = prompts.frequencies.device
+    vectors: Tensor = prompts.points(xy.to(device), kinds.to(device))
+    return vectors
+
+
+def _loss(
+    config: TrainingConfig,
+    logits: Tensor,
+    scores: Tensor,
+    lesson: Lesson,
+    active: np.ndarray[Any, np.dtype[np.int64]],
+    asked: np.ndarray[Any, np.dtype[np.int64]],
+    inside: Tensor,
+    turn: int,
+    with_phrase: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of one pass over the clicks `active`, and the IoU of the answers asked for.
+
+    The first pass counts all that is known of each click, later ones what the click was placed for: their previous mask
+    was that level's.
+    """
+    device = logits.device
+    place = {int(click): i for i, click in enumerate(active)}
+    kept = [i for i in range(len(lesson.pair_click)) if int(lesson.pair_click[i]) in place and (turn == 0 or lesson.pair_primary[i])]
+    click = [place[int(lesson.pair_click[i])] for i in kept]
+    level = [int(lesson.pair_level[i]) for i in kept]
+    mask = [int(lesson.pair_mask[i]) for i in kept]
+    weight = [float(lesson.pair_weight[i]) for i in kept]
+    if with_phrase:
+        for i, one in enumerate(active):
+            click.append(i)
+            level.append(logits.shape[1] - 1)
+            mask.append(int(lesson.primaries[one]))
+            weight.append(2.0)
+    answers = logits[torch.tensor(click), torch.tensor(level)]  # P, rows, columns
+    truth = targets(lesson, np.array(mask)).to(device)
+    weights = torch.tensor(weight, device=device)
+    weights = weights / weights.sum()
+    overlap = soft_iou(answers, truth, inside)
+    shape = config.focal * normalised_focal(answers, truth, inside) + config.overlap * overlap
+    loss = (weights * shape).sum()
+    with torch.no_grad():
+        found = (answers > 0) & (inside > 0)
+        both = (found & (truth > 0)).sum((-1, -2))
+        ious = both / (found | (truth > 0)).sum((-1, -2)).clamp(min=1)
+    expected = scores[torch.tensor(click), torch.tensor(level)]
+    loss = loss + config.score * (weights * F.binary_cross_entropy_with_logits(expected, ious, reduction="none")).sum()
+    if config.growth and turn == 0:
+        loss = loss + config.growth * shrinkage(logits[:, :10], inside).mean()
+    own = level_index = asked[active] if not with_phrase else np.full(len(active), logits.shape[1] - 1)
+    shown = [i for i in range(len(click)) if level[i] == int(own[click[i]]) and mask[i] == int(lesson.primaries[active[click[i]]])]
+    del level_index
+    return loss, ious[torch.tensor(shown)]
+
+
+def branch_state(network: LadderDecoder, branch: str) -> dict[str, Tensor]:
+    """Return the LoRA matrices of a branch."""
+    return lora_state(network.transformer, branch)
+
+
+def restore_branch(network: LadderDecoder, branch: str, tensors: dict[str, Tensor]) -> None:
+    """Set the LoRA matrices of an attached branch."""
+    load_lora(network.transformer, branch, tensors)
+
+
+def plain_state(network: LadderDecoder) -> dict[str, Tensor]:
+    """Return all tensors beside LoRA that any branch trains."""
+    names = trainable_names(network, LEVEL) + trainable_names(network, PHRASE)
+    parameters = dict(network.named_parameters())
+    return {name: parameters[name].detach().float().cpu().clone() for name in names}
+
+
+assert CHANNELS == 256

@@ -1,0 +1,138 @@
+"""Which masks of which sets are measured, and the embeddings of their photos."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet, Source, read_annotations
+from model.evaluation.protocol import supported
+from model.segmenter import Encoded, Segmenter
+from model.types import Refusal
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Selection:
+    """The masks of one set that are measured, image by image."""
+
+    name: str  # of its folder, or of its file where that says more
+    licence: str
+    fingerprint: str  # of the whole set as read: its rows are stale when this changes
+    chosen: tuple[tuple[AnnotatedImage, tuple[AnnotatedMask, ...]], ...]
+    of: int  # masks that could have been chosen, before the limit
+
+    @property
+    def masks(self) -> int:
+        """How many masks are measured."""
+        return sum(len(masks) for _, masks in self.chosen)
+
+
+def evenly_spaced(values: Sequence[T], limit: int | None) -> list[T]:
+    """Return at most `limit` of the values, spread over all of them, always the same ones.
+
+    >>> evenly_spaced("abcdefgh", 3)
+    ['a', 'c', 'f']
+    """
+    if limit is None or limit >= len(values):
+        return list(values)
+    return [values[i * len(values) // limit] for i in range(limit)]
+
+
+def select(
+    source: Path, *, kind: Source, split: str | None, levels: Sequence[str], limit: int | None, support: int
+) -> Selection:
+    """Return what is measured of a set.
+
+    Args:
+        source: what `model.annotations.read_annotations` reads.
+        kind: its format, or `auto`.
+        split: the split to take, where the set names splits.
+        levels: `object`, `part`, `subpart`; empty: all of them.
+        limit: masks of each level at most.
+        support: annotators who drew a mask at least, where the set says so.
+
+    Raises:
+        Refusal: the set cannot be read, or holds no mask to measure.
+    """
+    annotations = read_annotations(source, kind=kind, split=split)
+    masks: dict[str, list[tuple[AnnotatedImage, AnnotatedMask]]] = {}
+    for image in annotations.images:
+        for mask in supported(image.masks, support):
+            if mask.area and (not levels or mask.level in levels):
+                masks.setdefault(mask.level, []).append((image, mask))
+    if not masks:
+        raise Refusal(
+            f"{source} holds no mask to measure (split {split or 'any'}, level {', '.join(levels) or 'any'}, "
+            f"support {support} or more, {len(annotations.images)} images); choose another split or level"
+        )
+    wanted = {mask.id for of_level in masks.values() for _, mask in evenly_spaced(of_level, limit)}
+    by_image = [(image, tuple(mask for mask in image.masks if mask.id in wanted)) for image in annotations.images]
+    return Selection(
+        name=_name_of(source),
+        licence=annotations.licence,
+        fingerprint=_fingerprint(annotations),
+        chosen=tuple((image, chosen) for image, chosen in by_image if chosen),
+        of=sum(len(of_level) for of_level in masks.values()),
+    )
+
+
+def _name_of(source: Path) -> str:
+    source = source.resolve()
+    if source.name == "annotations.json":
+        source = source.parent
+    return source.name if source.is_dir() else source.stem
+
+
+def _fingerprint(annotations: AnnotationSet) -> str:
+    digest = hashlib.sha256(annotations.name.encode())
+    for image in annotations.images:
+        digest.update(f"|{image.path.name} {image.height} {image.width}".encode())
+        for mask in image.masks:
+            digest.update(f" {mask.id}:{mask.area}:{mask.parent_id}:{mask.name}".encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """A folder of embeddings, `<encoding>/<sha256 of the photo's file>.safetensors`; or none."""
+
+    folder: Path | None
+
+    def __post_init__(self) -> None:
+        if self.folder is not None and not self.folder.is_dir():
+            raise Refusal(f"embeddings {self.folder} is not a folder; give one, or leave --embeddings out")
+
+    def encoded(self, segmenter: Segmenter, image: AnnotatedImage) -> Encoded:
+        """Return the image as `segmenter` encodes it, from the folder where it is there.
+
+        Raises:
+            Refusal: the photo or its embedding is damaged.
+        """
+        path = self._path(segmenter, image)
+        if path is None:
+            return segmenter.encode(image.pixels())
+        try:
+            tensors = load(path.read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise Refusal(f"embedding {path} cannot be read ({error}); delete it and run again") from error
+        if set(tensors) != {"embedding"} or tensors["embedding"].ndim != 4:
+            raise Refusal(f"{path} holds {sorted(tensors)}, not one `embedding` of shape 1, C, H, W; delete it")
+        return Encoded(tensors, image.height, image.width)
+
+    def _path(self, segmenter: Segmenter, image: AnnotatedImage) -> Path | None:
+        if self.folder is None:
+            return None
+        places: Iterable[Path] = (self.folder / segmenter.encoding, self.folder)
+        for place in places:
+            path = place / f"{image.digest()}.safetensors"
+            if place.name == segmenter.encoding and path.is_file():
+                return path
+        return None

@@ -1,0 +1,104 @@
+"""A granularity adapter as the `light` family serves it: ladder decoders with LoRA summed in, and known phrases.
+
+There is one decoder for levels alone and one for phrases, each with its own sums; both share all other tensors. Which
+one answers is chosen by request and writes to neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.adapter import AdapterFile, read_adapter
+from model.light.ladder import Ladder, LadderDecoder
+from model.light.network import MaskDecoder
+from model.segmenter import digest_of, read_weights
+from model.text import Vocabulary, load_phrase_encoder
+from model.types import Refusal
+
+LEVEL, PHRASE = "level", "phrase"
+"""Branches: LoRA of the level signal, and that of the phrase signal, which is on together with it."""
+VOCABULARY = "vocabulary"
+"""Name of the tensor that holds the vectors of known names."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LadderAdapter:
+    """An adapter loaded beside one base; may be asked from many threads."""
+
+    id: str  # file name and digest
+    level: LadderDecoder
+    phrase: LadderDecoder | None
+    vocabulary: Vocabulary | None
+
+    def known(self, phrase: str) -> str | None:
+        """Return the trained name that stands for `phrase`, or None: then it is answered as if it had none."""
+        match = None if self.vocabulary is None else self.vocabulary.match(phrase)
+        return None if match is None else match.name
+
+    def answer(self, image: Tensor, position: Tensor, points: Tensor, phrase: str | None) -> Ladder:
+        """Return the ladder of one prompt; arguments as `LadderDecoder.forward`, `phrase` a known name."""
+        ladder: Ladder
+        if phrase is None:
+            ladder = self.level(image, position, points)
+            return ladder
+        match = None if self.vocabulary is None else self.vocabulary.match(phrase)
+        if self.phrase is None or match is None:
+            raise ValueError(f"{phrase!r} is no name that adapter {self.id} knows")
+        ladder = self.phrase(image, position, points, match.vector.to(image.device)[None])
+        return ladder
+
+
+def load_ladder(path: Path, base: MaskDecoder, digest: str, device: torch.device) -> LadderAdapter:
+    """Load an adapter file beside `base`.
+
+    Args:
+        path: as `model.adapter.write_adapter` wrote it.
+        base: the decoder of the base weights.
+        digest: of the base weights.
+        device: where the decoders will run.
+
+    Raises:
+        Refusal: the file cannot be read, or was made for another base or network.
+    """
+    found = read_adapter(path, base=digest)
+    try:
+        width = int(found.card["phrase_width"])
+        level = _decoder(found, base, width, [LEVEL]).to(device)
+        phrase = _decoder(found, base, width, [LEVEL, PHRASE]).to(device) if PHRASE in found.lora else None
+        vocabulary = _vocabulary(found) if phrase is not None else None
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, Refusal):
+            raise
+        raise Refusal(f"adapter {path} does not fit the light family ({error}); train it anew") from error
+    if phrase is not None:
+        for name, part in level.named_children():
+            if name != "transformer":
+                setattr(phrase, name, part)  # the same tensors: held once
+    return LadderAdapter(f"{path.stem}-{digest_of(read_weights(path))[:8]}", level, phrase, vocabulary)
+
+
+def _decoder(found: AdapterFile, base: MaskDecoder, width: int, branches: list[str]) -> LadderDecoder:
+    ladder = LadderDecoder(base, width)
+    state = ladder.state_dict()
+    unknown = found.plain.keys() - state.keys() - {VOCABULARY}
+    if unknown:
+        raise Refusal(f"the adapter holds {sorted(unknown)[0]}, which the ladder decoder has not")
+    ladder.load_state_dict({k: v for k, v in found.plain.items() if k != VOCABULARY}, strict=False)
+    weights = dict(ladder.transformer.named_parameters())
+    with torch.no_grad():
+        for name, delta in found.deltas(branches).items():
+            weights[name].add_(delta)
+    return ladder.eval().requires_grad_(False)
+
+
+def _vocabulary(found: AdapterFile) -> Vocabulary:
+    encoder = load_phrase_encoder(found.card["phrase_encoder"])
+    return Vocabulary(
+        found.card["vocabulary"], encoder, found.card["phrase_threshold"], vectors=found.plain.get(VOCABULARY)
+    )
+
+

@@ -1,0 +1,118 @@
+"""The decoder that obeys a granularity and a phrase: one pass answers all ten levels, finest to whole.
+
+It is the base's mask decoder with other questions: instead of its four mask tokens it asks with ten level tokens (the
+granularity embeddings) and, where a phrase was given, with a phrase token; LoRA moves Q and V of its attention. Each
+level reads its mask from the same features, so that a whole ladder of masks costs one pass. Cells of the square that
+lie outside the photo are left out: they hold nothing, and cost as much as those inside.
+
+Sources: GraCo (arXiv 2405.00587) for ten granularity embeddings and LoRA on Q and V, one branch for each control
+signal; Semantic-SAM (arXiv 2307.04767) for all granularities of one click at once; Segment Anything (2304.02643).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.light.network import CHANNELS, GRID, SIDE, MaskDecoder, Mlp
+
+LEVELS = 10
+"""Granularity embeddings: 0.1, 0.2 ... 1.0 of the whole."""
+CELL = SIDE // GRID
+"""Pixels of the square along one side of a cell of the embedding."""
+LOGITS_PER_CELL = 4
+"""Rows and columns of logits that one cell of the embedding becomes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ladder:
+    """Answers of one pass to B prompts on one photo."""
+
+    logits: Tensor  # B, L, 4 * rows, 4 * columns
+    scores: Tensor  # B, L logits of the expected IoU
+
+
+class LadderDecoder(nn.Module):
+    """Embedding and prompt vectors to a mask for each level asked for, and one for a phrase."""
+
+    def __init__(self, base: MaskDecoder, phrase_width: int) -> None:
+        """Begin as `base` answers: levels 1, 5.5 and 10 are its three mask tokens, those between lie between.
+
+        Args:
+            base: the decoder to begin from; copied.
+            phrase_width: numbers of a phrase's embedding.
+        """
+        super().__init__()
+        tokens = base.mask_tokens.weight.detach()[1:]  # part of a part, part, whole
+        mixing = _between(len(tokens))
+        self.transformer = copy.deepcopy(base.transformer)
+        self.iou_token = copy.deepcopy(base.iou_token)
+        self.output_upscaling = copy.deepcopy(base.output_upscaling)
+        self.heads = nn.ModuleList(copy.deepcopy(head) for head in list(base.output_hypernetworks_mlps)[1:])
+        self.levels = nn.Embedding.from_pretrained(mixing @ tokens, freeze=False)
+        self.mixing = nn.Parameter(mixing.clone())  # how much of each head a level's mask takes
+        self.phrase_mixing = nn.Parameter(mixing.mean(0, keepdim=True))
+        self.score_head = Mlp(CHANNELS, CHANNELS, CHANNELS, 1)
+        self.phrase_token = nn.Embedding.from_pretrained(tokens.mean(0, keepdim=True), freeze=False)
+        self.phrase_projection = nn.Linear(phrase_width, CHANNELS)
+        nn.init.zeros_(self.phrase_projection.bias)
+
+    def forward(self, image: Tensor, image_pe: Tensor, prompt: Tensor, phrase: Tensor | None = None) -> Ladder:
+        """Return the answers of all ten levels, and with a phrase an eleventh, the phrase's own.
+
+        Args:
+            image: embedding with the previous mask added, B, 256, rows, columns: the cells of the photo only.
+            image_pe: positions of those cells, 1, 256, rows, columns.
+            prompt: vectors of points and box corners, B, N, 256.
+            phrase: embeddings of phrases, B, phrase_width.
+        """
+        rows, columns = image.shape[-2:]
+        asked, mixing = self.levels.weight, self.mixing
+        if phrase is not None:
+            asked, mixing = torch.cat([asked, self.phrase_token.weight]), torch.cat([mixing, self.phrase_mixing])
+            prompt = torch.cat([prompt, self.phrase_projection(phrase)[:, None]], dim=1)
+        outputs = torch.cat([self.iou_token.weight, asked]).expand(len(prompt), -1, -1)  # B, 1 + L, C
+        tokens, seen = self.transformer(
+            image.flatten(2).transpose(1, 2).contiguous(),
+            image_pe.flatten(2).transpose(1, 2).contiguous(),
+            torch.cat([outputs, prompt], dim=1),
+        )
+        answers = tokens[:, 1 : 1 + len(asked)]  # B, L, C
+        upscaled = self._upscale(seen, rows, columns)  # B, 32, 4 * rows, 4 * columns
+        made = torch.stack([head(answers) for head in self.heads], dim=-1)  # B, L, 32, heads
+        weights = (made * mixing[:, None]).sum(-1)  # B, L, 32
+        logits = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        return Ladder(logits, self.score_head(answers)[..., 0])
+
+    def _upscale(self, seen: Tensor, rows: int, columns: int) -> Tensor:
+        """Return features four times finer: B, rows * columns, 256 to B, 32, 4 * rows, 4 * columns."""
+        features: Tensor = self.output_upscaling(seen.transpose(1, 2).unflatten(2, (rows, columns)))
+        return features
+
+
+def _between(anchors: int) -> Tensor:
+    """Return how much of each of `anchors` evenly spread anchors each level is: LEVELS, anchors, rows sum to 1."""
+    place = torch.linspace(0, anchors - 1, LEVELS)
+    return (1 - (place[:, None] - torch.arange(anchors)).abs()).clamp(min=0)
+
+
+def cells(height: int, width: int) -> tuple[int, int]:
+    """Return the rows and columns of the embedding that hold anything of a resized photo of this size in pixels.
+
+    >>> cells(683, 1024)
+    (43, 64)
+    """
+    return -(-height // CELL), -(-width // CELL)
+
+
+def fill_square(logits: Tensor) -> Tensor:
+    """Return logits of the photo's cells, B, L, 4 * rows, 4 * columns, as logits of the square, B, L, 256, 256.
+
+    The last row and column are repeated, so that nothing from outside bends the photo's border.
+    """
+    side = GRID * LOGITS_PER_CELL
+    return F.pad(logits, (0, side - logits.shape[-1], 0, side - logits.shape[-2]), mode="replicate")

@@ -1,0 +1,235 @@
+"""The command: a run from start to report, a run that goes on, and what it says to wrong input."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from model.evaluation.command import app
+from model.evaluation.protocol import BASE_ONLY, PROTOCOLS, Models, Options
+from model.evaluation.runner import ModelSource, Results, key_of, plan, run
+from model.evaluation.sets import Embeddings, evenly_spaced, select
+from model.types import Granularity, Refusal
+from tests.conftest import WEIGHTS
+from tests.model.drawn_set import Painter, write_set
+
+QUICK = ("--adapter", "none", "--device", "cpu", "--encoder", "exact", "--budget", "2", "--sheet", "2")
+
+
+@pytest.fixture
+def folder(tmp_path, scene):
+    return write_set(tmp_path / "drawn", scene)
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The command with the painter instead of a network; gives the painters it loaded."""
+    painters = []
+
+    def load(source):
+        painters.append(Painter())
+        return Models(base=painters[-1], adapted=painters[-1])
+
+    monkeypatch.setattr(ModelSource, "load", load)
+    return painters
+
+
+def called(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(a) for a in arguments])
+
+
+def selected(folder, **changes):
+    wanted = {"kind": "auto", "split": "val", "levels": (), "limit": None, "support": 1}
+    return select(folder, **(wanted | changes))
+
+
+def planned(selection, protocols, options=None, adapter=None):
+    def key(protocol, of):
+        return key_of(protocol, of, options or Options(), encoding="painter", adapter=adapter)
+
+    return plan([selection], protocols, key)
+
+
+def test_a_run_writes_results_report_curves_and_sheets(folder, tmp_path, loaded):
+    out = tmp_path / "out"
+    result = called(folder, *QUICK, "--out", out)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * len(PROTOCOLS)
+    report = json.loads((out / "report.json").read_text())
+    assert [(g["set"], g["level"], g["masks"]) for g in report["groups"]] == [
+        ("drawn", "object", 2),
+        ("drawn", "part", 1),
+    ]
+    markdown = (out / "report.md").read_text()
+    for title in ("compare", "clicks", "phrase", "monotone", "calibration", "time", "IoU@k", "1-IoU@all granularities"):
+        assert f"\n## {title}\n" in markdown
+    for picture in ("curves.png", "sheet-drawn.png"):
+        assert np.asarray(Image.open(out / picture)).std() > 0
+    assert "NoC@85" in result.output
+
+
+def test_a_run_that_was_cut_off_goes_on_and_says_the_same(folder, tmp_path, loaded):
+    out = tmp_path / "out"
+    arguments = (folder, *QUICK, "--out", out, "--protocols", "base,level,monotone")
+    assert called(*arguments).exit_code == 0
+    whole = json.loads((out / "report.json").read_text())["groups"]
+    lines = (out / "results.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "results.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:20])
+    again = called(*arguments)
+    assert "4 of 9 rows are there already" in again.output
+    assert json.loads((out / "report.json").read_text())["groups"] == whole
+    rows = (out / "results.jsonl").read_bytes().splitlines()
+    assert rows[4] == lines[4][:20]
+    assert sorted(rows[:4] + rows[5:]) == sorted(line.rstrip() for line in lines)
+
+
+def test_a_finished_run_measures_nothing_again(folder, tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    tasks = planned(selected(folder), ["base", "time"])
+    for expected in (True, False):
+        painter = Painter()
+        models = Models(base=painter, adapted=painter)
+        run(tasks, results, Options(), Embeddings(None), models=models)
+        assert bool(painter.steps) == expected
+        results = Results(tmp_path / "results.jsonl")
+
+
+def test_only_what_matters_to_a_protocol_changes_its_rows(folder):
+    pets = selected(folder)
+
+    def keys(options=None, adapter="a"):
+        return {p: key_of(p, pets, options or Options(), encoding="e", adapter=adapter) for p in PROTOCOLS}
+
+    def changed(options=None, adapter="a"):
+        return {p for p, key in keys(options, adapter).items() if key != keys()[p]}
+
+    assert len(set(keys().values())) == len(PROTOCOLS)
+    assert changed(adapter="b") == set(PROTOCOLS) - set(BASE_ONLY)
+    assert changed(Options(seed=1)) == {"phrase"}
+    assert changed(Options(support=2)) == {"levels"}
+    assert changed(Options(fixed_levels=(Granularity(5),))) == {"fixed"}
+    assert changed(Options(targets=(0.85,))) == {"base", "level", "oracle", "fixed"}
+    assert changed(Options(budget=3)) == {"base", "level", "oracle", "fixed", "curve"}
+
+
+def test_another_annotation_makes_the_rows_of_a_set_stale(folder):
+    before = selected(folder).fingerprint
+    content = json.loads((folder / "annotations.json").read_text())
+    content["annotations"][2]["parent_id"] = None
+    (folder / "annotations.json").write_text(json.dumps(content))
+    assert selected(folder).fingerprint != before
+
+
+def test_a_limit_takes_masks_of_each_level_spread_evenly(folder):
+    assert evenly_spaced(range(10), 3) == [0, 3, 6]
+    assert evenly_spaced([1, 2], 5) == [1, 2]
+    assert [mask.name for _, masks in selected(folder, limit=1).chosen for mask in masks] == ["disc", "handle"]
+    assert selected(folder, levels=("part",)).masks == 1
+    assert selected(folder, support=2).masks == 2
+
+
+def test_embeddings_of_this_encoding_are_used_and_others_are_not(folder, tmp_path, segmenter):
+    image = selected(folder).chosen[0][0]
+    made = segmenter.encode(image.pixels())
+    place = tmp_path / "embeddings" / segmenter.encoding
+    place.mkdir(parents=True)
+    save_file({"embedding": made.tensors["embedding"] + 1}, place / f"{image.digest()}.safetensors")
+    for root in (place, place.parent):
+        found = Embeddings(root).encoded(segmenter, image).tensors["embedding"]
+        assert (found == made.tensors["embedding"] + 1).all()
+    place.rename(place.parent / "another-encoding")
+    found = Embeddings(place.parent).encoded(segmenter, image).tensors["embedding"]
+    assert (found == made.tensors["embedding"]).all()
+
+
+def test_a_damaged_embedding_is_named(folder, tmp_path):
+    image = selected(folder).chosen[0][0]
+    place = tmp_path / Painter().encoding
+    place.mkdir()
+    path = place / f"{image.digest()}.safetensors"
+    path.write_bytes(b"no")
+    with pytest.raises(Refusal, match=f"{path.name} cannot be read"):
+        Embeddings(place).encoded(Painter(), image)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--protocols", "base,bse"), "protocol bse is unknown"),
+        (("--protocols", ","), "protocol nothing is unknown"),
+        (("--level", "whole"), "level whole is unknown"),
+        (("--targets", "high"), "are not numbers"),
+        (("--targets", "85"), "in (0, 1]"),
+        (("--fixed-level", "1.5"), "outside 0..1"),
+        (("--fixed-level", "nan"), "outside 0..1"),
+        (("--split", "test"), "no image of split 'test'"),
+        (("--level", "subpart"), "holds no mask to measure"),
+        (("--adapter", "nowhere.safetensors"), "is not a file"),
+        (("--embeddings", "nowhere"), "is not a folder"),
+        (("--limit", "-1"), "greater than or equal to 1"),
+        (("--budget", "0"), "greater than or equal to 1"),
+        (("--kind", "voc"), "'voc' is not one of"),
+    ],
+)
+def test_wrong_input_is_answered_with_a_sentence(folder, tmp_path, loaded, arguments, sentence):
+    adapter = () if "--adapter" in arguments else ("--adapter", "none")
+    result = called(folder, "--out", tmp_path / "out", *adapter, *arguments)
+    assert result.exit_code != 0
+    assert sentence in " ".join(result.output.replace("│", " ").split())
+    assert "Traceback" not in result.output
+
+
+def test_a_set_that_is_not_there_or_given_twice_is_refused(folder, tmp_path, loaded):
+    assert "does not exist" in called(tmp_path / "nowhere", *QUICK).output
+    assert "called 'drawn'" in " ".join(called(folder, folder, *QUICK).output.split())
+
+
+def test_a_photo_that_cannot_be_read_is_named(folder, tmp_path, loaded):
+    (folder / "images" / "scene.png").write_bytes(b"not a photo")
+    result = called(folder, *QUICK, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "scene.png cannot be read" in " ".join(result.output.split())
+
+
+def test_an_adapter_that_was_named_is_known_by_its_bytes(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(b"one")
+    one = ModelSource(weights=WEIGHTS, adapter=path).adapter_digest()
+    path.write_bytes(b"two")
+    assert ModelSource(weights=WEIGHTS, adapter=path).adapter_digest() != one
+    assert ModelSource(weights=WEIGHTS, adapter=None).adapter_digest() is None
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path, scene):
+    folder = write_set(tmp_path / "drawn", scene)
+    content = json.loads((folder / "annotations.json").read_text())
+    content["images"].append(content["images"][0] | {"id": 2, "file_name": "again.png"})
+    content["annotations"] += [
+        n | {"id": n["id"] + 10, "image_id": 2, "parent_id": None} for n in content["annotations"]
+    ]
+    (folder / "annotations.json").write_text(json.dumps(content))
+    (folder / "images" / "again.png").write_bytes((folder / "images" / "scene.png").read_bytes())
+    groups = []
+    for jobs in ("1", "2"):
+        out = tmp_path / jobs
+        arguments = (
+            "--out",
+            out,
+            "--jobs",
+            jobs,
+            "--threads",
+            "1",
+            "--protocols",
+            "base,level",
+            "--compiled",
+            tmp_path,
+        )
+        result = called(folder, *QUICK, *arguments)
+        assert result.exit_code == 0, result.output
+        groups.append(json.loads((out / "report.json").read_text())["groups"])
+    assert groups[0] == groups[1]
