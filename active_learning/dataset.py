@@ -132,7 +132,8 @@ def _prepare(image: AnnotatedImage, digest: str, view: View) -> TrainingPhoto | 
         return None
     index = {mask.id: i for i, mask in enumerate(kept)}
     wholes = [image.whole(mask) for mask in kept]
-    shares = [min(1.0, areas[m.id] / areas[w.id]) if w.id in areas else m.area / w.area for m, w in zip(kept, wholes, strict=True)]
+    seen_of = zip(kept, wholes, strict=True)  # in a crop a part is measured by what the crop shows of its whole
+    shares = [min(1.0, areas[m.id] / areas[w.id]) if w.id in areas else m.area / w.area for m, w in seen_of]
     return TrainingPhoto(
         embedding=embedding_id(digest, view),
         image=image,

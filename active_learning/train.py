@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -30,15 +30,25 @@ from torch.utils.tensorboard import SummaryWriter
 
 from active_learning.dataset import EmbeddingFiles, Lesson, Sampler, targets
 from model.adapter import attach, load_lora, lora_state, switch_on
-from model.light.ladder import LOGITS_PER_CELL, LadderDecoder, fill_square
-from model.light.network import CHANNELS, GRID, POINT_NEGATIVE, POINT_PADDING, POINT_POSITIVE, SIDE, PromptEncoder
+from model.light.adapter import LEVEL, PHRASE
+from model.light.ladder import LEVELS, LOGITS_PER_CELL, LadderDecoder, fill_square
+from model.light.network import (
+    BOX_BOTTOM_RIGHT,
+    BOX_TOP_LEFT,
+    GRID,
+    POINT_NEGATIVE,
+    POINT_PADDING,
+    POINT_POSITIVE,
+    SIDE,
+    PromptEncoder,
+)
 from model.losses import normalised_focal, shrinkage, soft_iou
 from model.robot import next_click, sample_click
-from model.types import Click, Refusal
+from model.types import Click, Mask, Refusal
 
 log = logging.getLogger(__name__)
 
-LEVEL, PHRASE = "level", "phrase"
+Indices = npt.NDArray[np.int64]
 _LOGIT_PIXELS = SIDE // (GRID * LOGITS_PER_CELL)  # of the square, along one side of a logit
 
 
@@ -51,9 +61,10 @@ class TrainingConfig:
     clicks: int = 6  # first clicks on the photo of a step
     most_clicks: int = 3  # of one prompt, corrections included
     go_on: float = 0.6  # chance of a further click
-    central: float = 0.5  # share of first clicks at the middle of their mask
+    central: float = 0.5  # share of clicks at the middle of their mask or error; the others lie anywhere in it
+    boxed: float = 0.1  # share of lessons that begin with boxes instead of clicks
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     learning_rate: float = 1e-3  # of LoRA and tokens
     head_learning_rate: float = 3e-4  # of heads and upscaling
     weight_decay: float = 1e-4
@@ -62,7 +73,7 @@ class TrainingConfig:
     focal: float = 1.0  # weights of the losses
     overlap: float = 1.0
     growth: float = 0.5
-    score: float = 0.2
+    score: float = 0.5
     average: float = 0.998  # of the moving average of the weights, which is what is kept
     level_power: float = 0.5
     kind_weights: dict[str, float] = field(default_factory=lambda: {"object": 1.0, "part": 1.0, "subpart": 0.5})
@@ -268,8 +279,9 @@ def _teach(
     position = position[:, :, :rows, :columns]
     inside = _inside(lesson).to(embedding.device)
     truths = [lesson.masks[i] for i in lesson.primaries]
-    clicks = [[Click(x=float(x), y=float(y), positive=True)] for x, y in lesson.clicks]
-    active = np.arange(len(clicks))
+    boxes = _boxes(truths, rng) if rng.random() < config.boxed else None
+    clicks = [[] if boxes is not None else [Click(x=float(x), y=float(y), positive=True)] for x, y in lesson.clicks]
+    active: Indices = np.arange(len(clicks))
     asked = _asked_levels(lesson, rng)
     previous: Tensor | None = None
     losses: list[Tensor] = []
@@ -277,10 +289,20 @@ def _teach(
     for turn in range(config.most_clicks):
         added = prompts.dense(previous)[..., :rows, :columns]
         image = (seen + added).expand(len(active), -1, -1, -1)
-        vectors = _vectors(prompts, [clicks[i] for i in active])
+        vectors = _vectors(prompts, [clicks[i] for i in active], None if boxes is None else boxes[active])
         chosen = None if phrases is None else phrases[torch.from_numpy(active)]
         ladder = model(image, position, vectors, chosen)
-        loss, ious = _loss(config, ladder.logits.float(), ladder.scores.float(), lesson, active, asked, inside, turn, phrases is not None)
+        loss, ious = _loss(
+            config,
+            ladder.logits.float(),
+            ladder.scores.float(),
+            lesson,
+            active,
+            asked,
+            inside,
+            first=turn == 0 and boxes is None,
+            with_phrase=phrases is not None,
+        )
         losses.append(loss)
         figures[f"IoU after {turn + 1}"] = float(ious.mean())
         if turn + 1 == config.most_clicks or rng.random() >= config.go_on:
@@ -314,7 +336,7 @@ def _inside(lesson: Lesson) -> Tensor:
     return inside
 
 
-def _asked_levels(lesson: Lesson, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _asked_levels(lesson: Lesson, rng: np.random.Generator) -> Indices:
     """Return a level for each click, 0 .. 9: that of the mask it was placed for, drawn by weight."""
     asked = np.zeros(len(lesson.primaries), np.int64)
     for click in range(len(asked)):
@@ -324,14 +346,30 @@ def _asked_levels(lesson: Lesson, rng: np.random.Generator) -> np.ndarray[Any, n
     return asked
 
 
-def _vectors(prompts: PromptEncoder, clicks: list[list[Click]]) -> Tensor:
-    """Return the prompt vectors of clicks in pixels of the logits, B, N + 1, 256; all have the same number of clicks."""
-    xy = torch.tensor([[(c.x, c.y) for c in one] for one in clicks]) * _LOGIT_PIXELS
+def _boxes(truths: list[Mask], rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """Return boxes as people draw them, sides off by up to a twentieth: B, 2, 2, corners in pixels of the logits."""
+    boxes = []
+    for truth in truths:
+        rows, columns = np.flatnonzero(truth.any(axis=1)), np.flatnonzero(truth.any(axis=0))
+        corners = np.array([[columns[0], rows[0]], [columns[-1] + 1, rows[-1] + 1]], np.float32)
+        size = corners[1] - corners[0]
+        moved = corners + rng.uniform(-0.05, 0.05, (2, 2)) * size
+        boxes.append(np.clip(moved, 0, truth.shape[::-1]))
+    return np.stack(boxes).astype(np.float32)
+
+
+def _vectors(prompts: PromptEncoder, clicks: list[list[Click]], boxes: npt.NDArray[np.float32] | None) -> Tensor:
+    """Return the prompt vectors of clicks and boxes in pixels of the logits, B, N, 256; all hold as many clicks."""
+    xy = torch.tensor([[(c.x, c.y) for c in one] for one in clicks]).reshape(len(clicks), -1, 2)
     kinds = torch.tensor([[POINT_POSITIVE if c.positive else POINT_NEGATIVE for c in one] for one in clicks])
-    xy = F.pad(xy, (0, 0, 0, 1))
-    kinds = F.pad(kinds, (0, 1), value=POINT_PADDING)
+    kinds = kinds.reshape(len(clicks), -1).long()
+    if boxes is None:
+        xy, kinds = F.pad(xy, (0, 0, 0, 1)), F.pad(kinds, (0, 1), value=POINT_PADDING)
+    else:
+        corners = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]).expand(len(clicks), -1)
+        xy, kinds = torch.cat([xy, torch.from_numpy(boxes)], dim=1), torch.cat([kinds, corners], dim=1)
     device = prompts.frequencies.device
-    vectors: Tensor = prompts.points(xy.to(device), kinds.to(device))
+    vectors: Tensor = prompts.points((xy * _LOGIT_PIXELS).to(device), kinds.to(device))
     return vectors
 
 
@@ -340,10 +378,11 @@ def _loss(
     logits: Tensor,
     scores: Tensor,
     lesson: Lesson,
-    active: np.ndarray[Any, np.dtype[np.int64]],
-    asked: np.ndarray[Any, np.dtype[np.int64]],
+    active: Indices,
+    asked: Indices,
     inside: Tensor,
-    turn: int,
+    *,
+    first: bool,
     with_phrase: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of one pass over the clicks `active`, and the IoU of the answers asked for.
@@ -353,7 +392,7 @@ def _loss(
     """
     device = logits.device
     place = {int(click): i for i, click in enumerate(active)}
-    kept = [i for i in range(len(lesson.pair_click)) if int(lesson.pair_click[i]) in place and (turn == 0 or lesson.pair_primary[i])]
+    kept = [i for i, c in enumerate(lesson.pair_click) if int(c) in place and (first or lesson.pair_primary[i])]
     click = [place[int(lesson.pair_click[i])] for i in kept]
     level = [int(lesson.pair_level[i]) for i in kept]
     mask = [int(lesson.pair_mask[i]) for i in kept]
@@ -377,12 +416,15 @@ def _loss(
         ious = both / (found | (truth > 0)).sum((-1, -2)).clamp(min=1)
     expected = scores[torch.tensor(click), torch.tensor(level)]
     loss = loss + config.score * (weights * F.binary_cross_entropy_with_logits(expected, ious, reduction="none")).sum()
-    if config.growth and turn == 0:
-        loss = loss + config.growth * shrinkage(logits[:, :10], inside).mean()
-    own = level_index = asked[active] if not with_phrase else np.full(len(active), logits.shape[1] - 1)
-    shown = [i for i in range(len(click)) if level[i] == int(own[click[i]]) and mask[i] == int(lesson.primaries[active[click[i]]])]
-    del level_index
-    return loss, ious[torch.tensor(shown)]
+    if config.growth and first:
+        loss = loss + config.growth * shrinkage(logits[:, :LEVELS], inside).mean()
+    own = np.full(len(active), logits.shape[1] - 1) if with_phrase else asked[active]
+    answered = [
+        i
+        for i, (c, at, m) in enumerate(zip(click, level, mask, strict=True))
+        if at == own[c] and m == lesson.primaries[active[c]]
+    ]
+    return loss, ious[torch.tensor(answered)]
 
 
 def branch_state(network: LadderDecoder, branch: str) -> dict[str, Tensor]:
@@ -400,6 +442,3 @@ def plain_state(network: LadderDecoder) -> dict[str, Tensor]:
     names = trainable_names(network, LEVEL) + trainable_names(network, PHRASE)
     parameters = dict(network.named_parameters())
     return {name: parameters[name].detach().float().cpu().clone() for name in names}
-
-
-assert CHANNELS == 256

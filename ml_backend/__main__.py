@@ -74,14 +74,23 @@ def worker(burst: Annotated[bool, typer.Option(help="end when no job is left")] 
 
 @app.command()
 def prepare() -> None:
-    """Compile the image encoder for this machine, so that the first start is as quick as later ones."""
-    from ml_backend.service import FAMILY, WEIGHTS
+    """Compile the image encoder for this machine, and see that all weights load, so that the first start is quick."""
+    from ml_backend.service import FAMILY, WEIGHTS, adapter_file
     from model.segmenter import load_segmenter
 
     settings = read_settings()
-    with Console(stderr=True).status("compiling the image encoder for this machine"):
-        segmenter = load_segmenter(FAMILY, WEIGHTS, device=settings.device, compiled=settings.cache_dir)
-    print(f"{segmenter.encoding} is ready")
+    try:
+        with Console(stderr=True).status("compiling the image encoder for this machine"):
+            segmenter = load_segmenter(
+                *(FAMILY, WEIGHTS),
+                adapter=adapter_file(settings),
+                device=settings.device,
+                compiled=settings.cache_dir,
+            )
+    except Refusal as refusal:
+        typer.secho(str(refusal), fg="red", err=True)
+        raise typer.Exit(1) from refusal
+    print(f"{segmenter.encoding} with adapter {segmenter.adapter or 'none'} is ready")
 
 
 @app.command("label-config")
@@ -118,7 +127,7 @@ def label_config(
 
 @app.command()
 def doctor() -> None:
-    """Check Label Studio, token, webhook, images, Redis and weights, and print the remedy for each failure."""
+    """Check Label Studio, token, webhook, images, Redis, weights and adapter, and print the remedy for each failure."""
     from ml_backend.doctor import examine, show
 
     raise typer.Exit(0 if show(examine(read_settings())) else 1)

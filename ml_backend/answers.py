@@ -1,4 +1,4 @@
-"""What we answered, remembered: region id to the digest of its shape, its prompt, level and model version.
+"""What we answered, remembered: region id to the digest of its shape, its prompt, level, phrase and model.
 
 An accepted suggestion keeps the id that we gave it, so a submitted region is *accepted* when id and digest are known,
 *corrected* when only the id is, and else *drawn* by hand. One small SQLite file, bounded, safe between processes.
@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -21,10 +21,12 @@ log = logging.getLogger(__name__)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
     region_id TEXT PRIMARY KEY, project TEXT, task_id INTEGER, image_id TEXT, digest TEXT NOT NULL,
-    prompt TEXT NOT NULL, granularity REAL, model_version TEXT NOT NULL, answered_s REAL NOT NULL
+    prompt TEXT NOT NULL, granularity REAL, model_version TEXT NOT NULL, answered_s REAL NOT NULL,
+    phrase TEXT, adapter TEXT
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS answers_by_time ON answers (answered_s);
 """
+_ADDED = ("phrase TEXT", "adapter TEXT")  # columns that files of the first version lack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,19 +38,34 @@ class Answer:
     task_id: int | None
     image_id: str
     digest: str  # of the shape, as `label_studio.shape_digest` gives it
-    prompt: str  # JSON: clicks and box in pixels, phrase
+    prompt: str  # JSON: clicks and box in pixels, level, phrase as typed
     granularity: float | None  # 0..1
     model_version: str
+    phrase: str | None  # the known name that was answered for; None: none was typed, or an unknown one
+    adapter: str | None  # that made the shape; None: base weights
+
+
+_COLUMNS = ", ".join(field.name for field in fields(Answer))
 
 
 def _open(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=5, check_same_thread=False, isolation_level=None)
     try:
         db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _SCHEMA)
+        _add_columns(db)
     except sqlite3.Error:
         db.close()
         raise
     return db
+
+
+def _add_columns(db: sqlite3.Connection) -> None:
+    db.execute("BEGIN IMMEDIATE")  # another process may be about to do the same
+    have = {row[1] for row in db.execute("PRAGMA table_info(answers)")}
+    for column in _ADDED:
+        if column.split()[0] not in have:
+            db.execute(f"ALTER TABLE answers ADD COLUMN {column}")
+    db.execute("COMMIT")
 
 
 class AnswerStore:
@@ -80,7 +97,8 @@ class AnswerStore:
         rows = [(*astuple(answer), time.time()) for answer in answers]
         try:
             with self._lock:
-                self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?,?,?,?,?,?,?,?,?)", rows)
+                places = ",".join("?" * (len(fields(Answer)) + 1))
+                self._db.executemany(f"INSERT OR REPLACE INTO answers ({_COLUMNS}, answered_s) VALUES ({places})", rows)
                 self._added += len(rows)
                 if self._added >= min(self._limit, 1000) // 10:
                     self._added = 0
@@ -94,17 +112,14 @@ class AnswerStore:
 
     def find(self, region_id: str) -> Answer | None:
         """Return what was answered under this id, or None when it was not ours or is too long ago."""
-        query = "SELECT * FROM answers WHERE region_id = ?"
+        query = f"SELECT {_COLUMNS} FROM answers WHERE region_id = ?"
         try:
             with self._lock, closing(self._db.execute(query, (region_id,))) as rows:
                 row = rows.fetchone()
         except sqlite3.Error as error:
             log.error("remembered answers cannot be read (%s): a region counts as drawn by hand", error)
             return None
-        if row is None:
-            return None
-        names = ("region_id", "project", "task_id", "image_id", "digest", "prompt", "granularity", "model_version")
-        return Answer(**dict(zip(names, row[:8], strict=True)))
+        return None if row is None else Answer(**dict(zip(_COLUMNS.split(", "), row, strict=True)))
 
     def judge(self, region_id: str, digest: str) -> Literal["accepted", "corrected", "drawn"]:
         """Return what became of a submitted region: accepted as is, corrected, or drawn by hand."""

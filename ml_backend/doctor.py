@@ -38,10 +38,11 @@ from ml_backend.images import decode_image
 from ml_backend.jobs import ENCODE, connect
 from ml_backend.label_config import check_config, read_config
 from ml_backend.label_studio import read_batch
-from ml_backend.service import FAMILY, WEIGHTS
+from ml_backend.service import ADAPTER, FAMILY, WEIGHTS, adapter_file, serving_version
 from ml_backend.settings import Settings
 from ml_backend.supervisor import redis_server, redis_socket
-from model.segmenter import digest_of, load_segmenter, read_weights, version_of
+from model.segmenter import digest_of, load_segmenter, read_weights
+from model.text import load_phrase_encoder
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,8 @@ def examine(settings: Settings) -> list[Check]:
         *_guarded("settings", _settings, settings),
         *_guarded("data directory", _data_dir, settings),
         *_guarded("weights", _weights, settings),
+        *_guarded("phrases", _phrases, settings),
+        *_guarded("adapter", _adapter, settings),
         *_guarded("encoder", _encoder, settings),
         *_guarded("Redis", _redis, settings),
         *_guarded("this backend", _backend, settings),
@@ -237,6 +240,32 @@ def _weights(_: Settings) -> Iterator[Check]:
     yield Check("weights", "ok", f"{version}, digest as in the model card, all tensors load")
 
 
+def _phrases(settings: Settings) -> Iterator[Check]:
+    if adapter_file(settings) is None:
+        yield Check("phrases", "skipped", "they need an adapter, and GRACO_ADAPTER=none")
+        return
+    encoder = load_phrase_encoder()
+    encoder.encode(["a thing"])
+    yield Check("phrases", "ok", f"the phrase encoder {encoder.name} loads, digest as expected")
+
+
+def _adapter(settings: Settings) -> Iterator[Check]:
+    path = adapter_file(settings)
+    if path is None:
+        seen = "GRACO_ADAPTER=none: a level chooses among three masks by their size, phrases have no effect"
+        yield Check("adapter", "ok", seen, "unset GRACO_ADAPTER to have levels and phrases obeyed")
+        return
+    try:
+        adapter = load_segmenter(FAMILY, WEIGHTS, adapter=path, device="cpu", encoder="exact").adapter
+    except Refusal as refusal:
+        remedy = "unset GRACO_ADAPTER to use the bundled one, or name a file trained on this base"
+        if path == ADAPTER:
+            remedy = f"git checkout -- model/weights/{ADAPTER.name} (if 'phrases' above failed, mend that first)"
+        yield Check("adapter", "error", str(refusal), remedy)
+        return
+    yield Check("adapter", "ok", f"{adapter}, made for this base, all tensors load")
+
+
 def _encoder(settings: Settings) -> Iterator[Check]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of drivers it cannot use; that is what we report
@@ -326,8 +355,8 @@ def _backend(settings: Settings) -> Iterator[Check]:
     if health.status != "UP":
         remedy = "mend that, then stop it and start it again: make run"
         yield Check(name, "error", f"{url} runs, but {health.error or 'reports ' + health.status}", remedy)
-    elif health.model_version != version_of(FAMILY, WEIGHTS):
-        seen = f"{url} serves {health.model_version}, but the weights here are {version_of(FAMILY, WEIGHTS)}"
+    elif health.model_version != serving_version(settings):
+        seen = f"{url} serves {health.model_version}, but the weights here are {serving_version(settings)}"
         yield Check(name, "warning", seen, "stop it and start it again: make run")
     else:
         yield Check(name, "ok", f"{url} serves {health.model_version}")
@@ -502,7 +531,7 @@ def _project(settings: Settings, studio: Fetcher, project: _Project) -> Iterator
 
 def _is_ours(backend: _Connection, settings: Settings) -> bool:
     """Whether it says our version, or has our port and nobody else is known to answer there."""
-    if backend.model_version == version_of(FAMILY, WEIGHTS):
+    if backend.model_version == serving_version(settings):
         return True
     try:
         port = urlsplit(backend.url).port

@@ -104,7 +104,7 @@ def _service() -> Service:
     """The worker process's own service, loaded at its first job."""
     from ml_backend.service import Service
 
-    return Service(Settings())
+    return Service(Settings(adapter="none"))  # embeddings are the base's
 
 
 def encode(task_id: int | None, uri: str) -> None:

@@ -2,7 +2,8 @@
 
 A configuration is XML that a project's owner writes freely, so nothing here depends on names. Like the editor, we read
 tag and attribute names without regard to case, and a label's `alias`, where it has one, is what results carry.
-`graco="0.3"` on a label is our own attribute and says which granularity choosing that label asks for.
+`graco="0.3"` on a label is our own attribute and says which granularity choosing that label asks for; `graco="all"` on
+a label of a level tag asks for all of them at once.
 
 Source: the editor of Label Studio 1.23.2 (libs/editor/src: core/Tree, tags/control, stores/Annotation), and requests
 recorded from it.
@@ -38,6 +39,7 @@ MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 64
 """Deepest nesting of tags read."""
 
+_ALL = "all"
 _LEVEL_NAME = re.compile(r"granularity|level", re.IGNORECASE)
 _PHRASE_NAME = re.compile(r"phrase|prompt", re.IGNORECASE)
 _NUMBER_IN_TEXT = re.compile(r"(?<![\d.,])(?:0(?:[.,]\d+)?|1(?:[.,]0+)?|[.,]\d+)(?![\d.,])")
@@ -121,6 +123,7 @@ class LevelTag:
     name: str
     to_name: str
     labels: tuple[Label, ...]  # at least one, each with a granularity
+    all_levels: str | None = None  # the label that asks for all levels at once
 
     def granularity(self, label: str) -> float | None:
         """The granularity that a label stands for, 0..1, or None for a label of others."""
@@ -353,6 +356,10 @@ def _granularity(text: str | None) -> float | None:
     return value if value is not None and 0 <= value <= 1 else None
 
 
+def _asks_for_all(label: Mapping[str, str]) -> bool:
+    return label.get("graco", "").strip().lower() == _ALL
+
+
 def _image(tag: _Tag) -> ImageTag:
     listed = tag.attributes.get("valuelist", "")
     return ImageTag(name=tag.name, value=listed or tag.attributes.get("value", ""), is_list=bool(listed))
@@ -389,8 +396,12 @@ def _level_tag(tag: _Tag, plain: set[str]) -> LevelTag | None:
     """
     named = _LEVEL_NAME.search(tag.name) is not None
     labels = []
+    all_levels = None
     for child in tag.children:
         text = _label_text(child)
+        if text and _asks_for_all(child):
+            all_levels = text
+            continue
         value = _granularity(child.get("graco"))
         if value is None:
             value = _granularity(text)
@@ -403,7 +414,7 @@ def _level_tag(tag: _Tag, plain: set[str]) -> LevelTag | None:
     numeric = all(_NUMBER_IN_TEXT.search(label.value) for label in readable)
     if not named and not numeric and tag.to_name in plain:
         return None
-    return LevelTag(name=tag.name, to_name=tag.to_name, labels=readable)
+    return LevelTag(name=tag.name, to_name=tag.to_name, labels=readable, all_levels=all_levels)
 
 
 def _numbers(tags: Sequence[_Tag]) -> tuple[NumberTag, ...]:
@@ -602,7 +613,13 @@ def _check_labels(tags: Sequence[_Tag]) -> Iterator[Finding]:
                     f"the attribute granularity on its label {text!r} breaks the editor, which keeps that name for "
                     "text (symbol, word, sentence, paragraph); call it graco",
                 )
-            if "graco" in child and _granularity(child["graco"]) is None:
+            if _asks_for_all(child) and tag.kind != "labels":
+                yield _found(
+                    "warning",
+                    tag,
+                    f'graco="all" on its label {text!r} is only read on a label of the granularity tag; move it there',
+                )
+            elif "graco" in child and _granularity(child["graco"]) is None and not _asks_for_all(child):
                 yield _found(
                     "warning",
                     tag,
@@ -626,7 +643,11 @@ def _check_levels(config: LabelConfig, tags: Sequence[_Tag]) -> Iterator[Finding
     for tag in tags:
         if tag.kind == "labels" and _LEVEL_NAME.search(tag.name):
             level = next((level for level in config.levels if level.name == tag.name), None)
-            lost = [label.value for label in tag.labels if level is None or level.granularity(label.value) is None]
+            lost = [
+                label.value
+                for label in tag.labels
+                if level is None or (level.granularity(label.value) is None and label.value != level.all_levels)
+            ]
             if lost:
                 yield _found(
                     "warning",
@@ -690,7 +711,7 @@ def _found(severity: Severity, tag: _Tag, sentence: str) -> Finding:
 CLICK_KEYS = tuple("1234567890")
 """Hotkeys of the classes of the click tool, in order."""
 LEVEL_KEYS = tuple("asdfgjlqtyi")
-"""Hotkeys of the levels, the finest first: the home row, without keys of the editor's own tools."""
+"""Hotkeys of the levels, the finest first, then all: the home row, without keys of the editor's own tools."""
 BOX_KEYS = tuple(f"shift+{key}" for key in "qwetyuiopa")
 """Hotkeys of the classes of the box tool: Shift and the top row (Shift+R is the editor's own)."""
 MASK_KEYS = ("z", "x", "c", "n", *(f"shift+{key}" for key in "zxcvbn"))
@@ -709,14 +730,14 @@ def make_config(
 ) -> str:
     """Return a ready labelling configuration in which nothing is to be mended.
 
-    Keys: 1, 2, ... 9, 0 choose a class for clicks, A S D F G J L Q T Y I a level from fine to coarse, Shift+Q W E T Y
-    ... a class for boxes, Z X C N, then Shift+Z ... a class for masks drawn by hand. From the eleventh class on (and
-    the twelfth level) the editor deals out what is left.
+    Keys: 1, 2, ... 9, 0 choose a class for clicks, A S D F G J L Q T Y I a level from fine to coarse and then all of
+    them at once, Shift+Q W E T Y ... a class for boxes, Z X C N, then Shift+Z ... a class for masks drawn by hand. From
+    the eleventh class (and level) on the editor deals out what is left.
 
     Args:
         classes: labels, each once.
         output: what a mask is answered as: brush, bitmask, polygon or rectangle.
-        levels: granularities offered as labels, 0..1; none leaves the control out.
+        levels: granularities offered as labels, 0..1, and beside them one for all; none leaves the control out.
         phrase: whether a phrase can be typed beside a click.
 
     Raises:
@@ -790,9 +811,9 @@ def _level_labels(levels: Sequence[float]) -> list[dict[str, str]]:
     for i, level in enumerate(levels):
         text = f"{level:.1f}" if round(level, 1) == level else f"{level:.6g}"
         colour = _LEVEL_COLOURS[round(i * (len(_LEVEL_COLOURS) - 1) / last)]
-        hotkey = {"hotkey": LEVEL_KEYS[i]} if i < len(LEVEL_KEYS) else {}
-        labels.append({"value": text, "graco": text, "background": colour} | hotkey)
-    return labels
+        labels.append({"value": text, "graco": text, "background": colour})
+    labels.append({"value": _ALL, "graco": _ALL, "background": "#666666"})
+    return [label | ({"hotkey": LEVEL_KEYS[i]} if i < len(LEVEL_KEYS) else {}) for i, label in enumerate(labels)]
 
 
 def _labels_lines(kind: str, attributes: Mapping[str, str], labels: Sequence[Mapping[str, str]]) -> list[str]:

@@ -66,6 +66,7 @@ class Ask:
     level: float | None = None  # granularity exactly as given, 0..1
     level_source: LevelSource | None = None
     level_label: str | None = None  # the label that gave it
+    all_levels: bool = False  # every level is asked for, by a label of its own
 
     @property
     def phrase(self) -> str | None:
@@ -108,7 +109,8 @@ def read_ask(
 
     Clicks count when they lie on the image (and page) of the newest one. Granularity: the newest click's per-region
     number, else its level label, else those of older clicks, newest first, else the `graco` attribute of a click's
-    label, else the per-task number of the newest draft, else `default_granularity`.
+    label, else the per-task number of the newest draft, else `default_granularity`. A level label that asks for all
+    levels is one of them, and leaves the granularity out.
 
     Raises:
         Refusal: the request cannot be understood, names what the configuration or the task lacks, or holds too much.
@@ -155,6 +157,7 @@ def read_ask(
         level=level.value,
         level_source=level.source,
         level_label=level.label,
+        all_levels=level.label is not None and level.value is None,
     )
 
 
@@ -394,7 +397,7 @@ def _box(group: _Group, width: int, height: int) -> Box:
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    value: float | None
+    value: float | None  # None with a label: all
     source: LevelSource | None
     label: str | None = None
 
@@ -410,7 +413,7 @@ def _level(config: LabelConfig, groups: Sequence[_Group], task: Json, default: G
             tag = levels.get(_from(item))
             for label in reversed(_labels(item)) if tag else ():
                 value = tag.granularity(label) if tag else None
-                if value is not None:
+                if value is not None or (tag and label == tag.all_levels):
                     return _Level(value, "label", label)
     attributes = _attributes(config)
     for group in reversed(groups):
@@ -678,20 +681,22 @@ def _level_results(ask: Ask, config: LabelConfig, granularity: Granularity | Non
     """Return the granularity as results of the image's level tag and number tag.
 
     The level tag gets the label that was chosen, or the nearest. The number tag gets the number that was asked for with
-    it, or, where there is no level tag, any level.
+    it, the level of one of several proposals that no label names, or, where there is no level tag, any level.
     """
     asked = granularity is None or granularity == ask.prompt.granularity
     level = ask.level if asked or granularity is None else granularity.value
     if level is None:
         return []
     results: list[Json] = []
+    named = False
     tag: LevelTag | None = config.level_tag(ask.to_name, ask.level_label)
     if tag is not None:
         chosen = asked and ask.level_label is not None and tag.granularity(ask.level_label) is not None
         label = ask.level_label if chosen else tag.nearest(level)
+        named = asked or (label is not None and tag.granularity(label) == level)
         results.append({"type": "labels", "from_name": tag.name, "value": {"labels": [label]}})
     number = config.region_number(ask.to_name)
-    if number is not None and (tag is None or (asked and ask.level_source == "number")):
+    if number is not None and (not named or (asked and ask.level_source == "number")):
         value = round(level * number.scale, 6)
         results.append({"type": "number", "from_name": number.name, "value": {"number": value}})
     return results

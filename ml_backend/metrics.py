@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, Info
 
 _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -18,4 +18,6 @@ EMBEDDINGS = Counter("graco_embeddings_total", "where an embedding came from: me
 EMBEDDING_BYTES = Gauge("graco_embedding_memory_bytes", "embeddings held in memory")
 REPEATED = Counter("graco_repeated_answers_total", "prompts answered from memory, no decoder run")
 REGIONS = Counter("graco_regions_total", "regions in submitted annotations: accepted, corrected, drawn", ["kind"])
+PHRASES = Counter("graco_phrases_total", "phrases typed: known, unknown (answered as if there were none)", ["outcome"])
+MODEL = Info("graco_model", "base weights and adapter that are loaded")
 READY = Gauge("graco_model_loaded", "1 once the model is loaded and images can be encoded")

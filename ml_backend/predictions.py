@@ -31,9 +31,12 @@ from ml_backend.label_studio import (
     write_regions,
 )
 from ml_backend.service import Service, timed
+from model.segmenter import Segmenter
 from model.types import Granularity, Prediction, Prompt, Refusal
 
 log = logging.getLogger(__name__)
+
+_ALL_LEVELS = 10  # proposals at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class Shaped:
     digests: list[str]  # of each value
     score: float
     granularity: Granularity | None
+    adapter: str | None  # that made it; None: base weights
 
 
 def predict_tasks(
@@ -90,33 +94,53 @@ def _interactive(service: Service, config: LabelConfig, task: Json, context: Jso
     if ask is None:  # the editor asks so by itself after each submit
         metrics.PREDICTIONS.labels("nothing_asked").inc()
         return empty_answer(service.model_version)
-    if ask.phrase:
-        log.warning("task %s: phrases are not understood by this version; the clicks decide", ask.task_id)
     output = choose_output(config, ask.to_name, ask.class_label)
     image = TaskImage(ask.task_id, ask.uri)
     info = service.identify(image)
     check_size(info, ask.width, ask.height)
-    shaped = _shaped(service, image, info, ask.prompt, output.kind)
-    regions = _write(service, config, ask, output, info, shaped, project)
+    segmenter = service.segmenter()
+    prompt = segmenter.understood(ask.prompt)
+    proposals = _ALL_LEVELS if ask.all_levels else service.settings.propose
+    shaped = _shaped(service, segmenter, image, info, prompt, output.kind, proposals)
+    regions = _write(service, config, ask, output, info, shaped, project, phrase=prompt.phrase)
     if not regions:
         raise Refusal("the model finds nothing at these clicks; click inside the object, or draw a box around it")
     metrics.PREDICTIONS.labels("answered").inc()
     log.info(
-        "task %s: %d clicks, level %s, %d regions in %.0f ms",
-        *(ask.task_id, len(ask.prompt.clicks), ask.level, len(regions), (time.perf_counter() - start) * 1000),
+        "task %s: %d clicks, level %s, phrase %s, %d regions by %s in %.0f ms",
+        *(ask.task_id, len(prompt.clicks), "all" if ask.all_levels else ask.level, prompt.phrase, len(regions)),
+        *(shaped[0].adapter or segmenter.version, (time.perf_counter() - start) * 1000),
     )
-    return answer(regions, shaped[0].score, service.model_version)
+    answered = answer(regions, max(one.score for one in shaped), service.model_version)
+    return answered | _phrase_note(ask, segmenter, prompt)
+
+
+def _phrase_note(ask: Ask, segmenter: Segmenter, understood: Prompt) -> Json:
+    """Return why the phrase had no effect, for the answer, and tell the log; what was typed is in neither."""
+    if not ask.phrase:
+        return {}
+    metrics.PHRASES.labels("unknown" if understood.phrase is None else "known").inc()
+    if understood.phrase is not None:
+        return {}
+    why = "is no name that the model knows" if segmenter.adapter else "needs an adapter (see GRACO_ADAPTER)"
+    reason = f"the phrase {why}, so the answer is as if there were none"
+    log.warning("task %s: %s", ask.task_id, reason)
+    return {"reason": reason}
 
 
 def _shaped(
-    service: Service, image: TaskImage, info: ImageInfo, prompt: Prompt, kind: OutputKind
+    service: Service,
+    segmenter: Segmenter,
+    image: TaskImage,
+    info: ImageInfo,
+    prompt: Prompt,
+    kind: OutputKind,
+    proposals: int,
 ) -> tuple[Shaped, ...]:
-    proposals = service.settings.propose
-
     def make() -> tuple[Shaped, ...]:
-        return _shape(service.answer(image, info, prompt, proposals=proposals), kind)
+        return _shape(service.answer(segmenter, image, info, prompt, proposals=proposals), kind)
 
-    return service.once((info.id, prompt, kind, proposals), make, _weigh)
+    return service.once((info.id, segmenter.adapter, prompt, kind, proposals), make, _weigh)
 
 
 def _shape(prediction: Prediction, kind: OutputKind) -> tuple[Shaped, ...]:
@@ -125,7 +149,7 @@ def _shape(prediction: Prediction, kind: OutputKind) -> tuple[Shaped, ...]:
         for proposal in prediction.proposals:
             values = shape_values(kind, proposal.mask)
             digests = [shape_digest(value) for value in values]
-            shaped.append(Shaped(values, digests, proposal.score, proposal.granularity))
+            shaped.append(Shaped(values, digests, proposal.score, proposal.granularity, prediction.adapter))
         return tuple(shaped)
 
 
@@ -146,6 +170,8 @@ def _write(
     info: ImageInfo,
     shaped: Sequence[Shaped],
     project: str | None,
+    *,
+    phrase: str | None = None,
 ) -> list[Json]:
     """Return the regions of all proposals, and remember each one."""
     prompt = json.dumps(asdict(ask.prompt))
@@ -175,6 +201,8 @@ def _write(
                 prompt=prompt,
                 granularity=granularity,
                 model_version=service.model_version,
+                phrase=phrase,
+                adapter=one.adapter,
             )
             for region_id, digest in zip(ids, one.digests, strict=True)
         ]

@@ -1,7 +1,8 @@
 """One model, its caches and its threads: from an image and a prompt to a prediction.
 
 What is answered depends on image, prompt and weights alone; every cache here only makes it sooner. Nothing of one
-request is kept where another could see it: states and answers are stored under the image's digest and the full prompt.
+request is kept where another could see it: states and answers are stored under the image's digest, the adapter's id and
+the full prompt.
 """
 
 from __future__ import annotations
@@ -24,13 +25,23 @@ from ml_backend.fetch import make_fetcher
 from ml_backend.images import ImageInfo, ImageSource, TaskImage
 from ml_backend.settings import Settings
 from model.proposals import whole_image
-from model.segmenter import Encoded, Segmenter, State, load_segmenter, predict, version_of
+from model.segmenter import (
+    Encoded,
+    Segmenter,
+    State,
+    digest_of,
+    load_segmenter,
+    predict,
+    read_weights,
+    version_of,
+)
 from model.types import Prediction, Prompt, Proposal, Refusal
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "model" / "weights" / "light.safetensors"
 FAMILY = "light"
+ADAPTER = WEIGHTS.with_name(f"{FAMILY}-granularity.safetensors")
 _STATES = 48  # earlier steps kept, 1 MiB each
 _WARM_QUEUE = 64  # images waiting to be encoded in the background
 _LOAD_LIMIT_S = 90  # Label Studio gives up a prediction after 100 s
@@ -86,17 +97,38 @@ class BoundedCache(Generic[V]):
 
 
 class _Memo:
-    """The states of one image, seen through the cache that all images share."""
+    """The states of one image and adapter, seen through the cache that all share."""
 
-    def __init__(self, states: BoundedCache[State], image_id: str) -> None:
+    def __init__(self, states: BoundedCache[State], image_id: str, adapter: str | None) -> None:
         self._states = states
-        self._image_id = image_id
+        self._of = image_id, adapter
 
     def get(self, prompt: Prompt, /) -> State | None:
-        return self._states.get((self._image_id, prompt))
+        return self._states.get((self._of, prompt))
 
     def __setitem__(self, prompt: Prompt, state: State, /) -> None:
-        self._states.put((self._image_id, prompt), state)
+        self._states.put((self._of, prompt), state)
+
+
+def adapter_file(settings: Settings) -> Path | None:
+    """Return the adapter to serve with; None: the base weights alone."""
+    if isinstance(settings.adapter, Path):
+        return settings.adapter
+    return ADAPTER if settings.adapter == "bundled" else None
+
+
+def serving_version(settings: Settings) -> str:
+    """Return what Label Studio shows as our version: base and adapter, such as light-1a2b3c4d+granularity-5e6f7a8b.
+
+    Nothing is loaded: it is known at once.
+
+    Raises:
+        Refusal: one of the files cannot be read.
+    """
+    base, adapter = version_of(FAMILY, WEIGHTS), adapter_file(settings)
+    if adapter is None:
+        return base
+    return f"{base}+{adapter.stem.removeprefix(f'{FAMILY}-')}-{digest_of(read_weights(adapter))[:8]}"
 
 
 @contextmanager
@@ -115,7 +147,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         """Prepare everything but the model; `start` loads it in the background."""
         self.settings = settings
-        self.model_version = version_of(FAMILY, WEIGHTS)
+        self.model_version = serving_version(settings)
         self.images = ImageSource(
             make_fetcher(settings),
             max_pixels=settings.image_max_megapixels * 10**6,
@@ -168,6 +200,7 @@ class Service:
             segmenter = load_segmenter(
                 FAMILY,
                 WEIGHTS,
+                adapter=adapter_file(settings),
                 device=settings.device,
                 encoder=settings.encoder,
                 threads=settings.compute_threads,
@@ -180,12 +213,24 @@ class Service:
             )
             self._segmenter = segmenter
             metrics.READY.set(1)
-            log.info("model %s is loaded after %.1f s", segmenter.encoding, time.perf_counter() - start)
+            metrics.MODEL.info({"base": segmenter.version, "adapter": segmenter.adapter or "none"})
+            log.info(
+                "model %s with adapter %s is loaded after %.1f s",
+                *(segmenter.encoding, segmenter.adapter or "none", time.perf_counter() - start),
+            )
         except Exception as error:
             self._failure = error
             log.exception("the model could not be loaded; every prediction will be refused until this is mended")
         finally:
             self._loaded.set()
+
+    def segmenter(self) -> Segmenter:
+        """Return what answers now, waiting while it is loaded: to be asked for once per request.
+
+        Raises:
+            Refusal: it could not be loaded.
+        """
+        return self._model()[0]
 
     def _model(self) -> tuple[Segmenter, EmbeddingCache]:
         self.start()
@@ -243,18 +288,20 @@ class Service:
                 if waiting > 1:
                     self._queues[image] = lock, waiting - 1
 
-    def answer(self, image: TaskImage, info: ImageInfo, prompt: Prompt, *, proposals: int = 1) -> Prediction:
-        """Return the prediction for `prompt` on `image`, encoding the image if no cache has it.
+    def answer(
+        self, segmenter: Segmenter, image: TaskImage, info: ImageInfo, prompt: Prompt, *, proposals: int = 1
+    ) -> Prediction:
+        """Return the prediction of `segmenter` for `prompt` on `image`, encoding the image if no cache has it.
 
         Raises:
             Refusal: the prompt names nothing, or the image cannot be had.
         """
-        segmenter, _ = self._model()
         encoded, found = self._encoded(image, info)
         if found.id != info.id:  # fetched anew, it was another: nothing of it may be kept under the old one's id
             raise Refusal("the image was replaced while this was answered; reload the task and click again")
         with timed("decode"):
-            return predict(segmenter, encoded, prompt, memo=_Memo(self._states, info.id), proposals=proposals)
+            memo = _Memo(self._states, info.id, segmenter.adapter)
+            return predict(segmenter, encoded, prompt, memo=memo, proposals=proposals)
 
     def propose(self, image: TaskImage, *, deadline_s: float) -> tuple[tuple[Proposal, ...], ImageInfo]:
         """Return whole-image proposals with scores, best first, stopping at `deadline_s` (of time.monotonic)."""

@@ -42,6 +42,9 @@ class Settings(BaseSettings):
         "auto", description="image encoder: fast (compiled for this CPU), exact (torch fp32), auto: fast where it works"
     )
     compute_threads: int = Field(0, ge=0, description="CPU threads of one network run; 0: one per core")
+    adapter: Literal["bundled", "none"] | Path = Field(
+        "bundled", description="granularity adapter: bundled, none (base weights alone), or the file of your own"
+    )
 
     embedding_memory_mb: int = Field(256, ge=8, description="encoded images kept in memory")
     embedding_disk_mb: int = Field(2048, ge=0, description="encoded images kept on disk; 0: none")
@@ -56,7 +59,7 @@ class Settings(BaseSettings):
     )
     request_max_mb: int = Field(250, ge=1, description="largest request body accepted; drafts travel with each click")
 
-    propose: int = Field(1, ge=1, le=3, description="proposals offered for one click when no granularity is chosen")
+    propose: int = Field(1, ge=1, le=10, description="proposals offered for one click without a level or phrase")
     default_granularity: float | None = Field(None, ge=0, le=1, description="granularity when the annotator gave none")
     prelabel: bool = Field(False, description="answer batch predictions with whole-image proposals instead of nothing")
     prelabel_limit_s: float = Field(60, gt=0, description="time for one batch prediction; Label Studio waits 100 s")
@@ -69,6 +72,16 @@ class Settings(BaseSettings):
     @classmethod
     def _expand_home(cls, value: Path) -> Path:
         return value.expanduser()
+
+    @field_validator("adapter")
+    @classmethod
+    def _find_adapter(cls, value: str | Path) -> str | Path:
+        if isinstance(value, str):
+            return value
+        path = value.expanduser().absolute()
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}; give the file of an adapter, or bundled, or none")
+        return path
 
     @field_validator("allow_hosts", mode="before")
     @classmethod

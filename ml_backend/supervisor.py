@@ -93,7 +93,11 @@ def run(settings: Settings) -> int:
 
 
 def _children(settings: Settings, data_dir: Path) -> list[_Child]:
-    environment = {"GRACO_DATA_DIR": str(data_dir), "GRACO_CACHE_DIR": str(settings.cache_dir.resolve())}
+    environment = {  # the web process runs in another folder
+        "GRACO_DATA_DIR": str(data_dir),
+        "GRACO_CACHE_DIR": str(settings.cache_dir.resolve()),
+        "GRACO_ADAPTER": str(settings.adapter),
+    }
     children: list[_Child] = []
     if settings.redis_url is None:
         server = redis_server()

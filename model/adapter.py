@@ -12,6 +12,7 @@ for each control signal.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class AdapterFile:
         return found
 
 
-def attach(network: nn.Module, branch: str, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
+def attach(network: nn.Module, branch: str, *, rank: int, alpha: int) -> None:
     """Add a LoRA branch to the Q and V projections of `network`, in place; only the branch's matrices will train.
 
     The branch is on afterwards, as are those attached before.
@@ -60,8 +61,10 @@ def attach(network: nn.Module, branch: str, *, rank: int, alpha: float, dropout:
     from peft import LoraConfig, inject_adapter_in_model
 
     trained = [name for name, p in network.named_parameters() if p.requires_grad]
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(TARGETS))
-    inject_adapter_in_model(config, network, adapter_name=branch)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second branch is what we want
+        inject_adapter_in_model(config, network, adapter_name=branch)
     own = f".{branch}."
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in trained or ("lora_" in name and own in name))

@@ -89,9 +89,9 @@ def evaluate(
         )
         results = Results(out / "results.jsonl")
         _Evaluation(found, names, options, source, Embeddings(embeddings), results, jobs, Console()).run(sheet)
-    except Refusal as refusal:
-        Console(stderr=True).print(f"error: {refusal}", markup=False, highlight=False)
-        raise typer.Exit(1) from refusal
+    except (Refusal, OSError) as error:  # OSError: the folder of --out cannot be written to
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -77,8 +77,8 @@ class ClickChain:
     encoded: Encoded
     truth: Mask
     granularity: Granularity | None = None
-    ious: list[float] = field(default_factory=list)
     opening: dict[Prompt, Any] = field(default_factory=dict)  # memo of the first click, shared by chains of one model
+    ious: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     areas: list[int] = field(default_factory=list)
     refusals: int = 0

@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -248,6 +251,10 @@ def _in_processes(
     try:
         for future in as_completed([pool.submit(_measured, task) for task in tasks]):
             yield from future.result()
+    except BrokenProcessPool as error:
+        raise Refusal(
+            f"a process ended early ({error}); run again with fewer --jobs, it goes on where it was"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -257,7 +264,16 @@ _worker: tuple[Models, Options, Embeddings] | None = None  # of a process that `
 
 def _load(source: ModelSource, options: Options, embeddings: Embeddings) -> None:
     global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = (source.load(), options, embeddings)
+
+
+def _end_with_parent() -> None:
+    """A run that is killed cannot end its processes, and they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _measured(task: Task) -> list[Row]:

@@ -237,8 +237,9 @@ def figures_of(groups: Sequence[Group], options: Options) -> list[Figure]:
             found += _object_figures(group, options)
         found += _monotone_figures(group, options)
         if group.set_name in _COVERED:
+            what = "1-IoU@all granularities" + (f", support >= {options.support}" if options.support > 1 else "")
             base, ours = group.values("levels", itemgetter("three")), group.values("levels", itemgetter("ours"))
-            found.append(_gain(group, "1-IoU@all granularities", base, ours, 0.06, to="three masks"))
+            found.append(_gain(group, what, base, ours, 0.06, to="three masks"))
         if group.level == "part" and group.set_name in _PHRASED:
             found += _phrase_figures(group)
     if time := _time([row for group in groups for row in group.of("time")], options):

@@ -100,5 +100,3 @@ def _vocabulary(found: AdapterFile) -> Vocabulary:
     return Vocabulary(
         found.card["vocabulary"], encoder, found.card["phrase_threshold"], vectors=found.plain.get(VOCABULARY)
     )
-
-

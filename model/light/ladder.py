@@ -53,11 +53,11 @@ class LadderDecoder(nn.Module):
         self.iou_token = copy.deepcopy(base.iou_token)
         self.output_upscaling = copy.deepcopy(base.output_upscaling)
         self.heads = nn.ModuleList(copy.deepcopy(head) for head in list(base.output_hypernetworks_mlps)[1:])
-        self.levels = nn.Embedding.from_pretrained(mixing @ tokens, freeze=False)
+        self.levels = _embedding(mixing @ tokens)  # the granularity embeddings, as tokens that ask
         self.mixing = nn.Parameter(mixing.clone())  # how much of each head a level's mask takes
         self.phrase_mixing = nn.Parameter(mixing.mean(0, keepdim=True))
         self.score_head = Mlp(CHANNELS, CHANNELS, CHANNELS, 1)
-        self.phrase_token = nn.Embedding.from_pretrained(tokens.mean(0, keepdim=True), freeze=False)
+        self.phrase_token = _embedding(tokens.mean(0, keepdim=True))
         self.phrase_projection = nn.Linear(phrase_width, CHANNELS)
         nn.init.zeros_(self.phrase_projection.bias)
 
@@ -71,7 +71,8 @@ class LadderDecoder(nn.Module):
             phrase: embeddings of phrases, B, phrase_width.
         """
         rows, columns = image.shape[-2:]
-        asked, mixing = self.levels.weight, self.mixing
+        asked: Tensor = self.levels.weight
+        mixing: Tensor = self.mixing
         if phrase is not None:
             asked, mixing = torch.cat([asked, self.phrase_token.weight]), torch.cat([mixing, self.phrase_mixing])
             prompt = torch.cat([prompt, self.phrase_projection(phrase)[:, None]], dim=1)
@@ -82,16 +83,18 @@ class LadderDecoder(nn.Module):
             torch.cat([outputs, prompt], dim=1),
         )
         answers = tokens[:, 1 : 1 + len(asked)]  # B, L, C
-        upscaled = self._upscale(seen, rows, columns)  # B, 32, 4 * rows, 4 * columns
+        cells_again = seen.transpose(1, 2).reshape(len(seen), CHANNELS, rows, columns)
+        upscaled = self.output_upscaling(cells_again)  # B, 32, 4 * rows, 4 * columns
         made = torch.stack([head(answers) for head in self.heads], dim=-1)  # B, L, 32, heads
         weights = (made * mixing[:, None]).sum(-1)  # B, L, 32
-        logits = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        logits = (weights @ upscaled.flatten(2)).reshape(*weights.shape[:2], *upscaled.shape[-2:])
         return Ladder(logits, self.score_head(answers)[..., 0])
 
-    def _upscale(self, seen: Tensor, rows: int, columns: int) -> Tensor:
-        """Return features four times finer: B, rows * columns, 256 to B, 32, 4 * rows, 4 * columns."""
-        features: Tensor = self.output_upscaling(seen.transpose(1, 2).unflatten(2, (rows, columns)))
-        return features
+
+def _embedding(values: Tensor) -> nn.Embedding:
+    embedding = nn.Embedding(*values.shape)
+    embedding.weight.data.copy_(values)
+    return embedding
 
 
 def _between(anchors: int) -> Tensor:

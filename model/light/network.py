@@ -101,8 +101,8 @@ class Attention(nn.Module):
             proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B, heads, N, C / heads
             for proj, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
         )
-        # one side is always a handful of tokens: written out, this is as quick as torch's fused kernel on a CPU, and its
-        # way back in training is a third quicker
+        # one side is a handful of tokens: written out, this is as quick on a CPU as torch's fused kernel, and a quarter
+        # quicker on the way back, in training
         weights = (q * (q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1)  # B, heads, N, M
         out: Tensor = self.out_proj((weights @ v).transpose(1, 2).flatten(2))
         return out

@@ -1,8 +1,8 @@
 """The `light` family as a `Segmenter`: one encoder run per image, one decoder pass per click.
 
-With an adapter a prompt with a level or a phrase goes to the ladder decoder, whose pass answers all ten levels; one with
-neither goes to the base's decoder, as if there were no adapter. Without an adapter a level chooses among the base's
-three masks (tokens 1-3) by rank of area: levels 1-3 the smallest, 4-7 the middle, 8-10 the largest.
+With an adapter a prompt with a level or a phrase goes to the ladder decoder, whose pass answers all ten levels; one
+with neither goes to the base's decoder, as if there were no adapter. Without an adapter a level chooses among the
+base's three masks (tokens 1-3) by rank of area: levels 1-3 the smallest, 4-7 the middle, 8-10 the largest.
 """
 
 from __future__ import annotations
@@ -182,6 +182,21 @@ class LightSegmenter:
         return f"light-{self._digest[:8]}"
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of the base weights' file."""
+        return self._digest
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        """The base's prompt encoder, to train beside; frozen."""
+        return self._prompt_encoder
+
+    @property
+    def mask_decoder(self) -> MaskDecoder:
+        """The base's decoder, to begin a training from; frozen."""
+        return self._mask_decoder
+
+    @property
     def adapter(self) -> str | None:
         """Name and digest of the adapter."""
         return None if self._adapter is None else self._adapter.id
@@ -213,7 +228,9 @@ class LightSegmenter:
         pixels[0, :, : resized.shape[1], : resized.shape[2]] = (resized - _MEAN) / _STD
         return Encoded({"embedding": self._encoder(pixels).half().cpu().contiguous()}, fit.height, fit.width)
 
-    def step(self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState | None) -> LightState | LadderState:
+    def step(
+        self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState | None
+    ) -> LightState | LadderState:
         """Return the decoder's answer to all clicks of `prompt`, the chosen mask of `state` as its previous mask."""
         fit = Fit(encoded.height, encoded.width, SIDE)
         xy, kinds = _points(prompt, fit)
@@ -237,7 +254,9 @@ class LightSegmenter:
             tuple(_MULTI[i] for i in np.argsort(areas, kind="stable")),
         )
 
-    def _climb(self, adapter: LadderAdapter, image: Tensor, points: Tensor, phrase: str | None, fit: Fit) -> LadderState:
+    def _climb(
+        self, adapter: LadderAdapter, image: Tensor, points: Tensor, phrase: str | None, fit: Fit
+    ) -> LadderState:
         rows, columns = cells(*fit.resized)
         image, position = image[..., :rows, :columns], self._grid[..., :rows, :columns]
         ladder = adapter.answer(image, position, points, phrase)
@@ -247,7 +266,7 @@ class LightSegmenter:
     def render(
         self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState, *, proposals: int = 1
     ) -> Prediction:
-        """Return the chosen mask; or with no level, several: a ladder small to large, or the base's three, best first."""
+        """Return the chosen mask; with no level perhaps several: a ladder small to large, or the base's, best first."""
         fit = Fit(encoded.height, encoded.width, SIDE)
         tokens: dict[int, Granularity | None]
         if isinstance(state, LadderState):

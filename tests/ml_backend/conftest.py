@@ -172,9 +172,9 @@ def label_studio():
 class QuickSegmenter:
     """The bundled model, which encodes each picture of a session once: the exact encoder takes seconds on few cores."""
 
-    def __init__(self, segmenter):
+    def __init__(self, segmenter, known):
         self._segmenter = segmenter
-        self._known = {}
+        self._known = known
 
     def __getattr__(self, name):
         return getattr(self._segmenter, name)
@@ -189,9 +189,15 @@ class QuickSegmenter:
 @pytest.fixture(scope="session")
 def _bundled_model(segmenter):
     """Services of these tests share the one loaded model instead of each loading its own."""
+    known, loaded = {}, {}
+
+    def load(*args, adapter, **kwargs):
+        if adapter not in loaded:
+            loaded[adapter] = QuickSegmenter(segmenter.with_adapter(adapter), known)
+        return loaded[adapter]
+
     with pytest.MonkeyPatch.context() as patch:
-        quick = QuickSegmenter(segmenter)
-        patch.setattr(ml_backend.service, "load_segmenter", lambda *args, **kwargs: quick)
+        patch.setattr(ml_backend.service, "load_segmenter", load)
         yield
 
 

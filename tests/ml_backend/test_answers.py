@@ -20,6 +20,8 @@ def answer(region_id="r1", digest="d1"):
         prompt='{"clicks": []}',
         granularity=0.5,
         model_version="light-1",
+        phrase="wheel",
+        adapter="light-granularity-1",
     )
 
 
@@ -47,6 +49,20 @@ def test_an_answer_comes_back_as_it_was_remembered_also_after_a_restart(store, p
     store.close()
     with closing(AnswerStore(path, limit=100)) as again:
         assert again.find("r1") == answer()
+
+
+def test_a_file_of_the_first_version_is_gone_on_with(path):
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript("""CREATE TABLE answers (
+            region_id TEXT PRIMARY KEY, project TEXT, task_id INTEGER, image_id TEXT, digest TEXT NOT NULL,
+            prompt TEXT NOT NULL, granularity REAL, model_version TEXT NOT NULL, answered_s REAL NOT NULL
+            ) WITHOUT ROWID;
+            INSERT INTO answers VALUES ('r0', '3.1', 7, 'i', 'd0', '{}', 0.5, 'light-1', 1.0);""")
+    with closing(AnswerStore(path, limit=100)) as store:
+        store.remember([answer()])
+        assert (store.find("r0").digest, store.find("r0").adapter, store.find("r0").phrase) == ("d0", None, None)
+        assert store.find("r1") == answer()
 
 
 def test_a_region_answered_again_replaces_itself(store):

@@ -23,17 +23,20 @@ from PIL import Image
 from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 
+import ml_backend.service
 from ml_backend import doctor
 from ml_backend.fetch import Fetcher
 from ml_backend.label_config import make_config
+from ml_backend.service import serving_version
 from ml_backend.settings import Settings
 from ml_backend.supervisor import redis_server
-from model.segmenter import load_segmenter, version_of
+from model.adapter import read_adapter, write_adapter
+from model.segmenter import load_segmenter
 from model.types import Refusal
 from tests.conftest import missing
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
-VERSION = version_of(doctor.FAMILY, doctor.WEIGHTS)
+VERSION = serving_version(Settings())
 PORT = 9  # nobody answers there
 
 
@@ -164,7 +167,9 @@ def studio(servers, backend):
 @pytest.fixture(autouse=True)
 def _light(monkeypatch):
     """Loading the model takes seconds; the tests of the weights do it for real."""
-    monkeypatch.setattr(doctor, "load_segmenter", lambda *_, **__: SimpleNamespace(version=VERSION))
+    monkeypatch.setattr(
+        doctor, "load_segmenter", lambda *_, **__: SimpleNamespace(version=VERSION, adapter="an-adapter")
+    )
     for name in ("LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY", "GRACO_REDIS_URL"):
         monkeypatch.delenv(name, raising=False)
 
@@ -253,6 +258,54 @@ def test_weights_of_another_digest_or_cut_short(tmp_path, monkeypatch):
         assert found.status == "error"
         assert word in found.seen
         assert "git checkout" in found.remedy
+
+
+def adapter(path, monkeypatch, choice=None):
+    """The doctor's check of an adapter file, in the bundled one's place or as the operator's own."""
+    monkeypatch.setattr(doctor, "load_segmenter", load_segmenter)
+    if choice is None:
+        monkeypatch.setattr(doctor, "ADAPTER", path)
+        monkeypatch.setattr(ml_backend.service, "ADAPTER", path)
+    return next(doctor._adapter(Settings(adapter=choice or "bundled")))
+
+
+def test_the_bundled_adapter_is_well(monkeypatch):
+    found = adapter(doctor.ADAPTER, monkeypatch)
+    assert found.status == "ok"
+    assert "light-granularity-" in found.seen
+
+
+def test_a_damaged_adapter_has_a_remedy_that_fits_whose_it_is(tmp_path, monkeypatch):
+    path = tmp_path / "light-granularity.safetensors"
+    path.write_bytes(doctor.ADAPTER.read_bytes()[:5000])
+    own = adapter(path, monkeypatch, choice=path)
+    assert (own.status, "unset GRACO_ADAPTER" in own.remedy) == ("error", True)
+    bundled = adapter(path, monkeypatch)
+    assert (bundled.status, "git checkout -- model/weights/" in bundled.remedy) == ("error", True)
+    assert "cannot be read" in bundled.seen
+
+
+def test_an_adapter_of_another_base_says_which(tmp_path, monkeypatch):
+    file = read_adapter(doctor.ADAPTER)
+    path = tmp_path / "other.safetensors"
+    write_adapter(path, card=file.card | {"base": "0123456789abcdef"}, plain=file.plain, lora=file.lora)
+    found = adapter(path, monkeypatch, choice=path)
+    assert found.status == "error"
+    assert "base 0123456789ab" in found.seen
+
+
+def test_without_an_adapter_nothing_is_wrong_and_it_says_what_is_missing(settings):
+    assert check(settings(adapter="none"), "adapter").status == "ok"
+    assert check(settings(adapter="none"), "phrases").status == "skipped"
+
+
+def test_a_phrase_encoder_that_is_not_installed_has_the_command_for_it(settings, monkeypatch):
+    def absent():
+        raise Refusal("phrases need the package x==1, which is not installed; install it: pip install --no-deps x==1")
+
+    monkeypatch.setattr(doctor, "load_phrase_encoder", absent)
+    found = check(settings(), "phrases")
+    assert (found.status, found.remedy) == ("error", "install it: pip install --no-deps x==1")
 
 
 def test_cuda_asked_for_where_there_is_none(settings, monkeypatch):

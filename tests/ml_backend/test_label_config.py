@@ -60,6 +60,24 @@ def test_level_labels_may_say_their_granularity_in_an_attribute():
     assert [level.nearest(value) for value in (0.0, 0.4, 0.6, 1.0)] == ["L 0.2", "L 0.2", "L 0.8", "L 0.8"]
 
 
+ALL = '<Labels name="granularity" toName="img"><Label value="0.2"/><Label value="every" graco="All"/></Labels>'
+
+
+def test_a_level_label_may_ask_for_all_levels():
+    (level,) = read_config(view(CLICK, MASK, ALL)).levels
+    assert (level.all_levels, level.granularity("every"), level.nearest(1.0)) == ("every", None, "0.2")
+    (level,) = read_config(view(CLICK, MASK, ALL.replace("granularity", "how"))).levels
+    assert level.all_levels == "every"
+    assert "every" not in sentences(view(CLICK, MASK, ALL, PHRASE))
+    assert read_config(make_config(["Car"])).levels[0].all_levels == "all"
+
+
+def test_asking_for_all_levels_elsewhere_is_noticed():
+    xml = view(CLICK.replace('value="Cat"', 'value="Cat" graco="all"'), MASK, LEVELS, PHRASE)
+    assert found(xml) == [("warning", '<KeyPointLabels name="kp">')]
+    assert "move it there" in sentences(xml)
+
+
 def test_class_labels_may_carry_a_granularity():
     config = read_config(recorded("A"))
     assert {label.value: label.granularity for label in config.prompts[0].labels} == {"Object": 0.9, "Part": 0.3}

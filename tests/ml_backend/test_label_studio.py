@@ -239,6 +239,15 @@ def test_the_label_of_the_newest_click_wins_over_the_number_of_an_older_one():
     assert (ask.level, ask.level_source, ask.level_label) == (0.1, "label", "0.1")
 
 
+def test_the_label_for_all_levels_leaves_the_granularity_out_and_the_default_too():
+    one, two = click(), click(id="c2")
+    config = read_config(make_config(["Object"]))
+    found = ask_of(one, level(one, "0.3"), two, level(two, "all"), config=config, default=Granularity(5))
+    assert (found.all_levels, found.level, found.prompt.granularity, found.level_label) == (True, None, None, "all")
+    back = ask_of(one, level(one, "all"), two, level(two, "0.3"), config=config)
+    assert (back.all_levels, back.level) == (False, 0.3)
+
+
 def test_an_older_click_is_asked_when_the_newest_says_nothing():
     one, two, three = click("one"), click("two"), click("three")
     assert ask_of(one, level(one, "0.1"), two, level(two, "0.7"), three).level == 0.7

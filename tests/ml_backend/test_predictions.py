@@ -1,5 +1,7 @@
 """From tasks to results: what is asked for, in which shape, and what stays remembered of it."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,9 @@ from ml_backend import brush, outlines
 from ml_backend.label_config import make_config, read_config
 from ml_backend.label_studio import read_submitted
 from ml_backend.predictions import predict_tasks
-from tests.ml_backend.conftest import CHELSEA, SIZES, ask, click, picture, recorded, wait_until
+from ml_backend.service import ADAPTER
+from model.adapter import read_adapter
+from tests.ml_backend.conftest import CHELSEA, SIZES, ask, click, picture, wait_until
 
 COFFEE = "/data/upload/3/f4aecc9d-coffee.jpg"
 
@@ -56,12 +60,24 @@ def test_class_and_level_come_back_on_the_mask(service):
     assert level["id"] == main["id"]
 
 
-def test_the_mask_grows_with_the_level(service):
-    (width, height), areas = SIZES["chelsea"], []
-    for level in ("0.1", "0.5", "1.0"):
-        region = one(service, ask(click(31, 40, level=level)))["result"][0]
-        areas.append(brush.decode(region["value"]["rle"], height=height, width=width).sum())
-    assert areas == sorted(areas)
+def area(region):
+    width, height = SIZES["chelsea"]
+    return brush.decode(region["value"]["rle"], height=height, width=width).sum()
+
+
+def masks_of(answer):
+    return [region for region in answer["result"] if region["type"] == "brushlabels"]
+
+
+def levels_of(answer):
+    return [region["value"]["labels"][0] for region in answer["result"] if region["type"] == "labels"]
+
+
+@pytest.mark.parametrize("adapter", ["bundled", "none"])
+def test_the_mask_grows_with_the_level(make_service, adapter):
+    service = make_service(adapter=adapter)
+    areas = [area(masks_of(one(service, ask(click(31, 40, level=level))))[0]) for level in ("0.1", "0.5", "1.0")]
+    assert all(large >= 0.99 * small for small, large in pairwise(areas)), areas
     assert areas[0] < areas[-1]
 
 
@@ -81,16 +97,39 @@ def test_the_image_that_was_clicked_is_answered_of_several(service):
         assert (region["original_width"], region["original_height"]) == SIZES[size]
 
 
-def test_propose_offers_several_masks_of_one_click_and_one_once_a_level_is_chosen(make_service):
-    service = make_service(propose=3)
-    regions = one(service, ask(click(31, 40)))["result"]
-    masks = [region for region in regions if region["type"] == "brushlabels"]
-    levels = [region["value"]["labels"] for region in regions if region["type"] == "labels"]
-    assert len(masks) == len({mask["id"] for mask in masks}) == 3
-    assert sorted(levels) == [["0.1"], ["0.5"], ["1.0"]] or len(set(map(str, levels))) == 3
+def assert_ladder(answer):
+    masks = masks_of(answer)
+    areas = [area(mask) for mask in masks]
+    assert areas == sorted(areas)
+    assert len(masks) == len({mask["id"] for mask in masks}) == len(levels_of(answer)) > 1
     assert all(0 <= mask["score"] <= 1 for mask in masks)
-    chosen = one(service, ask(click(31, 40, level="0.5")))["result"]
-    assert [region["type"] for region in chosen] == ["brushlabels", "labels"]
+    assert answer["score"] == max(mask["score"] for mask in masks)
+
+
+def test_propose_offers_all_levels_of_one_click_small_to_large_and_one_mask_once_a_level_is_chosen(make_service):
+    service = make_service(propose=10)
+    assert_ladder(one(service, ask(click(31, 40))))
+    for more in ([click(31, 40, level="0.5")], [click(31, 40), click(40, 45, region="c2")]):
+        assert len(masks_of(one(service, ask(*more)))) == 1
+
+
+def test_propose_without_an_adapter_offers_three_masks(make_service):
+    answer = one(make_service(propose=10, adapter="none"), ask(click(31, 40)))
+    assert len(masks_of(answer)) == 3
+    assert sorted(levels_of(answer)) == ["0.1", "0.5", "1.0"]
+
+
+def test_the_label_for_all_levels_asks_for_them_whatever_the_operator_has_set(make_service):
+    for service in (make_service(), make_service(propose=2, default_granularity=0.5)):
+        assert_ladder(one(service, ask(click(31, 40, level="all"))))
+
+
+def test_of_several_proposals_each_says_its_level_by_number_where_no_label_does(service):
+    answer = one(service, ask(click(31, 40, level="all")))
+    numbers = {region["id"]: region["value"]["number"] for region in answer["result"] if region["type"] == "number"}
+    for mask, level in zip(masks_of(answer), levels_of(answer), strict=True):
+        remembered = service.answers.find(mask["id"]).granularity
+        assert numbers.get(mask["id"], float(level)) == remembered
 
 
 def test_every_region_is_remembered_with_prompt_level_and_digest(service):
@@ -100,6 +139,12 @@ def test_every_region_is_remembered_with_prompt_level_and_digest(service):
     assert (answer.digest, answer.granularity, answer.task_id, answer.project) == (digest, 0.3, 7, "3.1795250578")
     assert '"x": 139.8' in answer.prompt
     assert answer.model_version == service.model_version
+    assert (answer.adapter, answer.phrase) == (service.segmenter().adapter, None)
+
+
+def test_what_the_base_answers_is_remembered_as_the_bases(service):
+    mask = masks_of(one(service, ask(click(31, 40))))[0]
+    assert service.answers.find(mask["id"]).adapter is None
 
 
 def test_a_default_level_is_used_when_none_was_chosen(make_service, service):
@@ -108,9 +153,70 @@ def test_a_default_level_is_used_when_none_was_chosen(make_service, service):
     assert one(coarse, ask(click(31, 40)))["result"][0]["value"] == chosen["value"]
 
 
-def test_a_typed_phrase_is_not_obeyed_but_the_click_is_answered_and_the_log_says_so(service, caplog):
-    assert one(service, recorded("20"))["result"]
-    assert "phrases are not understood" in caplog.text
+def phrased(text, level=None, region="c1"):
+    regions = click(31, 40, level=level, region=region)
+    spot = regions[0]["value"] | {"text": [text]}
+    return ask([*regions, regions[0] | {"type": "textarea", "from_name": "phrase", "value": spot}])
+
+
+def known_name(service):
+    """A name of the bundled adapter's vocabulary."""
+    return read_adapter(ADAPTER).card["vocabulary"][0]
+
+
+def test_a_phrase_the_adapter_knows_is_obeyed_however_it_is_written_and_goes_with_a_level(service, caplog, counted):
+    caplog.set_level("INFO")
+    name = known_name(service)
+    (mask,) = masks_of(answer := one(service, phrased(f" The  {name.upper()}!")))
+    assert "reason" not in answer
+    remembered = service.answers.find(mask["id"])
+    assert (remembered.phrase, remembered.adapter) == (name, service.segmenter().adapter)
+    assert f"phrase {name}" in caplog.text
+    assert f"by {remembered.adapter}" in caplog.text
+    both = one(service, phrased(name, level="0.3"))
+    assert levels_of(both) == ["0.3"]
+    assert counted("graco_phrases_total", outcome="known") == 2
+
+
+@pytest.mark.parametrize("typed", ["blorb zzyx", "колесо", "车轮", "\N{BICYCLE}", "...", "0"])
+@pytest.mark.parametrize("level", [None, "0.3", "all"])
+def test_an_unknown_phrase_is_answered_as_if_there_were_none_with_the_reason(service, caplog, counted, typed, level):
+    answer = one(service, phrased(typed, level))
+    plain = one(service, ask(click(31, 40, level=level)))
+    assert [mask["value"] for mask in masks_of(answer)] == [mask["value"] for mask in masks_of(plain)]
+    assert "is no name that the model knows" in answer["reason"]
+    assert answer["reason"] in caplog.text
+    assert service.answers.find(masks_of(answer)[0]["id"]).phrase is None
+    assert counted("graco_phrases_total", outcome="unknown") == 1
+
+
+@pytest.mark.parametrize("typed", ["", "  ", "\N{NO-BREAK SPACE}"])
+def test_an_empty_phrase_is_none(service, typed):
+    answer = one(service, phrased(typed))
+    assert "reason" not in answer
+    assert len(masks_of(answer)) == 1
+
+
+def test_without_an_adapter_a_phrase_has_no_effect_and_says_so(make_service):
+    service = make_service(adapter="none")
+    answer = one(service, phrased(known_name(service)))
+    assert masks_of(answer)[0]["value"] == masks_of(one(service, ask(click(31, 40))))[0]["value"]
+    assert "GRACO_ADAPTER" in answer["reason"]
+
+
+def test_a_phrase_of_10_kilobytes_and_one_beside_no_click_are_refused_with_a_sentence(service):
+    answer = one(service, phrased("wheel " * 1700))
+    assert answer["result"] == []
+    assert "shorten it" in answer["reason"]
+    body = phrased("wheel")
+    body["params"]["context"]["result"] = [
+        item | {"value": {"text": ["wheel"]}}
+        for item in body["params"]["context"]["result"]
+        if item["type"] == "textarea"
+    ]
+    answer = one(service, body)
+    assert answer["result"] == []
+    assert "none of the regions sent is a click or a box" in answer["reason"]
 
 
 def test_one_task_that_cannot_be_served_costs_the_others_nothing(service):

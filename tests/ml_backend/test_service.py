@@ -1,6 +1,8 @@
 """One model, many threads, two tiers of caches: what is answered depends on the request alone."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +15,10 @@ from ml_backend.app import create_app
 from ml_backend.images import TaskImage
 from ml_backend.label_config import read_config
 from ml_backend.predictions import predict_tasks
-from ml_backend.service import BoundedCache
+from ml_backend.service import ADAPTER, BoundedCache, serving_version
+from ml_backend.settings import Settings
 from model.types import Click, Prompt, Refusal
+from tests.conftest import ROOT
 from tests.ml_backend.conftest import CHELSEA, SIZES, ask, box, click, picture, wait_until
 
 COFFEE = "/data/upload/3/f4aecc9d-coffee.jpg"
@@ -95,7 +99,8 @@ def test_eight_threads_asking_for_one_new_image_encode_it_once(make_service, lab
     def first_click(_):
         together.wait()
         info = service.identify(image)
-        return service.answer(image, info, Prompt(clicks=(Click(x=37, y=36, positive=True),))).best.mask
+        prompt = Prompt(clicks=(Click(x=37, y=36, positive=True),))
+        return service.answer(service.segmenter(), image, info, prompt).best.mask
 
     with ThreadPoolExecutor(8) as pool:
         masks = list(pool.map(first_click, range(8)))
@@ -179,9 +184,71 @@ def test_the_bundled_weights_load_by_the_service_itself_and_a_second_start_does_
     service.start()
     try:
         wait_until(lambda: service.ready, limit_s=90)
-        assert service.model_version == segmenter.version
+        adapter = service.segmenter().adapter
+        assert service.model_version == f"{segmenter.version}+{adapter.removeprefix('light-')}"
+        assert service.segmenter().version == segmenter.version
     finally:
         service.close()
+
+
+def test_the_version_names_the_pair_that_serves_before_anything_is_loaded(tmp_path, segmenter):
+    assert serving_version(Settings(adapter="none")) == segmenter.version
+    own = tmp_path / "cars.safetensors"
+    own.write_bytes(ADAPTER.read_bytes())
+    bundled, mine = (serving_version(Settings(adapter=choice)) for choice in ("bundled", own))
+    assert bundled.startswith(f"{segmenter.version}+granularity-")
+    assert mine.partition("+")[2] == bundled.partition("+granularity-")[2].join(["cars-", ""])
+
+
+def test_an_adapter_that_does_not_load_is_told_by_health_and_by_each_answer(
+    tmp_path, make_service, segmenter, monkeypatch
+):
+    def load(*args, adapter, **kwargs):
+        return segmenter.with_adapter(adapter)
+
+    monkeypatch.setattr(ml_backend.service, "load_segmenter", load)
+    wrong = tmp_path / "wrong.safetensors"
+    wrong.write_bytes(ADAPTER.read_bytes()[:1000])
+    client = create_app(make_service(adapter=wrong)).test_client()
+    reason = client.post("/predict", json=ask(click(31, 40))).json["results"][0]["reason"]
+    assert f"adapter {wrong} cannot be read" in reason
+    health = client.get("/health").json
+    assert health["status"] == "FAILED"
+    assert f"adapter {wrong} cannot be read" in health["error"]
+
+
+def test_no_cache_holds_an_answer_of_one_adapter_for_another(make_service, segmenter):
+    """As after a change of the adapter while the service runs."""
+    service = make_service()
+    body = ask(click(31, 40, level="0.3"), click(36, 44, region="c2", level="0.3"))
+    with_adapter = shape(answered(service, body))
+    service._segmenter = segmenter
+    without = shape(answered(service, body))
+    base = shape(answered(make_service(adapter="none"), body))
+    assert without == base != with_adapter
+
+
+def shape(results):
+    return results[0]["result"][0]["value"]
+
+
+def test_the_first_click_with_a_level_imports_nothing(tmp_path):
+    """What it needs is imported when the model is loaded, not while an annotator waits."""
+    code = """if True:
+        import sys
+        from ml_backend.service import ADAPTER, FAMILY, WEIGHTS
+        from model.segmenter import load_segmenter, predict
+        from model.types import Click, Granularity, Prompt
+        import numpy as np
+        segmenter = load_segmenter(FAMILY, WEIGHTS, adapter=ADAPTER, device="cpu", encoder="exact")
+        encoded = segmenter.encode(np.zeros((48, 64, 3), np.uint8))
+        clicks = (Click(x=9, y=9, positive=True),)
+        predict(segmenter, encoded, Prompt(clicks=clicks))
+        before = set(sys.modules)
+        predict(segmenter, encoded, Prompt(clicks=clicks, granularity=Granularity(3)))
+        sys.exit(", ".join(set(sys.modules) - before))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_images_waiting_to_be_encoded_are_bounded_and_each_waits_once(make_service, monkeypatch):
@@ -213,10 +280,10 @@ def test_an_image_replaced_behind_its_address_is_never_answered_under_the_old_on
     label_studio.add(image.uri, picture(100, 80, shade=60))
     prompt = Prompt(clicks=(Click(x=31, y=32, positive=True),))
     with pytest.raises(Refusal, match="replaced"):
-        service.answer(image, old, prompt)
+        service.answer(service.segmenter(), image, old, prompt)
     new = service.identify(image)
     assert new.id != old.id
-    assert service.answer(image, new, prompt).best.mask.shape == (80, 100)
+    assert service.answer(service.segmenter(), image, new, prompt).best.mask.shape == (80, 100)
 
 
 def test_a_bounded_cache_forgets_what_was_used_longest_ago_and_keeps_nothing_heavier_than_itself():

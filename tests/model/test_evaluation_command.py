@@ -1,6 +1,7 @@
 """The command: a run from start to report, a run that goes on, and what it says to wrong input."""
 
 import json
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -191,7 +192,7 @@ def test_a_set_that_is_not_there_or_given_twice_is_refused(folder, tmp_path, loa
 def test_a_photo_that_cannot_be_read_is_named(folder, tmp_path, loaded):
     (folder / "images" / "scene.png").write_bytes(b"not a photo")
     result = called(folder, *QUICK, "--out", tmp_path / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "scene.png cannot be read" in " ".join(result.output.split())
 
 
@@ -233,3 +234,23 @@ def test_two_processes_measure_what_one_does(tmp_path, scene):
         assert result.exit_code == 0, result.output
         groups.append(json.loads((out / "report.json").read_text())["groups"])
     assert groups[0] == groups[1]
+
+
+def test_an_out_that_cannot_be_written_is_refused(folder, tmp_path, loaded):
+    (tmp_path / "file").write_text("in the way")
+    result = called(folder, *QUICK, "--out", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "give another --out" in " ".join(result.output.split())
+
+
+def test_a_process_that_dies_is_answered_with_what_to_do(folder, tmp_path, monkeypatch):
+    def die(*arguments):
+        raise BrokenProcessPool("killed")
+
+    monkeypatch.setattr("model.evaluation.runner.as_completed", die)
+    monkeypatch.setattr("model.evaluation.runner._load", print)
+    tasks = planned(selected(folder), ["base"]) * 2
+    source = ModelSource(weights=WEIGHTS, adapter=None)
+    models = Models(base=Painter(), adapted=Painter())
+    with pytest.raises(Refusal, match="fewer --jobs"):
+        run(tasks, Results(tmp_path / "r.jsonl"), Options(), Embeddings(None), models=models, source=source, jobs=2)

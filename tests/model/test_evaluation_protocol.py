@@ -17,6 +17,8 @@ from model.evaluation.protocol import (
     random_click,
 )
 from model.metrics import iou
+from model.robot import next_click
+from model.segmenter import predict
 from model.types import Click, Granularity, Prompt, Refusal
 from tests.model.drawn_set import Painter, disc, write_set
 
@@ -170,8 +172,17 @@ def test_every_protocol_measures_the_bundled_model(image, segmenter):
     assert max(rows["base-oracle3"]["ious"]) >= rows["base"]["ious"][0]
     assert rows["oracle"]["ious"][0] >= rows["level"]["ious"][0]
     assert rows["oracle"]["ious"][0] == max(rows["oracle"]["first"])
-    prompt = Prompt(clicks=(measured.first,))
-    from model.segmenter import predict
-
-    best = predict(segmenter, measured.scene.encoded, prompt).best
+    best = predict(segmenter, measured.scene.encoded, Prompt(clicks=(measured.first,))).best
     assert rows["curve"]["base"][0] == pytest.approx(iou(best.mask, measured.truth), abs=1e-6)
+
+
+def test_a_chain_that_shares_its_opening_gives_the_answers_of_a_cold_replay(image, segmenter):
+    measured = bench(image, segmenter, "door")
+    measured.run("monotone")
+    for level in (Granularity(2), Granularity(9), None):
+        clicks, mask, ious = (), np.zeros_like(measured.truth), []
+        for _ in range(3):
+            clicks = (*clicks, next_click(measured.truth, mask, clicks))
+            mask = predict(segmenter, measured.scene.encoded, Prompt(clicks=clicks, granularity=level)).best.mask
+            ious.append(round(iou(mask, measured.truth), 6))
+        assert measured.chain(level).run(3) == ious

@@ -1,0 +1,75 @@
+"""The commands: python -m active_learning train-base."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from active_learning.base_training import Recipe, train_base
+from model.segmenter import Device, EncoderChoice, load_segmenter
+from model.types import Refusal
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+_HERE = Path(__file__).resolve().parent
+_WEIGHTS = _HERE.parent / "model" / "weights" / "light.safetensors"
+
+
+@app.callback()
+def _commands() -> None:
+    """Training of adapters."""
+
+
+@app.command("train-base")
+def train_base_command(
+    config: Annotated[Path, typer.Option(help="The recipe, a TOML file.")] = _HERE
+    / "recipes"
+    / "light-granularity.toml",
+    data: Annotated[Path, typer.Option(help="Folder that holds the recipe's sets.")] = Path("../shared/data"),
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints, sheets and the adapter.")] = Path("data/training"),
+    embeddings: Annotated[Path, typer.Option(help="Folder of encoded photos.")] = Path("data/embeddings"),
+    weights: Annotated[Path, typer.Option(help="Base weights.")] = _WEIGHTS,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
+    encoder: Annotated[EncoderChoice, typer.Option(help="How photos are encoded.")] = "auto",
+    compiled: Annotated[Path, typer.Option(help="Folder of the compiled encoder.")] = Path("~/.cache/graco"),
+    precision: Annotated[str, typer.Option(help="bf16, or no: fp32.")] = "bf16",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: one per core.")] = 0,
+) -> None:
+    """Train the granularity adapter that ships, from the sets and settings of a recipe; a stopped run goes on."""
+    console = Console(stderr=True)
+    logging.basicConfig(level="INFO", format="%(message)s")
+    if threads:
+        torch.set_num_threads(threads)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    try:
+        recipe = Recipe.read(config, device=device, precision=precision)
+        segmenter: Any = load_segmenter(
+            "light", weights, device=device, encoder=encoder, threads=threads, compiled=compiled.expanduser()
+        )
+        with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[said]}"), console=console) as bars:
+
+            def stage(name: str, steps: int) -> Callable[[int, str], None]:
+                task = bars.add_task(name, total=steps, said="")
+
+                def told(done: int, said: str) -> None:
+                    bars.update(task, completed=done, said=said)
+
+                return told
+
+            path = train_base(recipe, segmenter, data, out, embeddings=embeddings, stage=stage)
+    except Refusal as refusal:
+        console.print(f"[red]{escape(str(refusal))}[/red]")
+        raise typer.Exit(2) from refusal
+    print(path)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,266 @@
+"""The training of the shipped adapter: from a recipe and annotated photos to one adapter file.
+
+Each stage leaves its result in the output folder and is skipped when that is there: proposals, encoded photos, the
+level branch, the phrase branch. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, TrainingPhoto, View, photos_of
+from active_learning.train import (
+    Progress,
+    TrainingConfig,
+    branch_state,
+    fine_tune,
+    plain_state,
+    prepare,
+    restore_branch,
+)
+from model.adapter import read_adapter, write_adapter
+from model.annotations import read_annotations
+from model.evaluation.protocol import Bench, Models, Options, Scene
+from model.evaluation.report import draw_sheet
+from model.light.adapter import LEVEL, PHRASE, VOCABULARY
+from model.light.ladder import LadderDecoder
+from model.light.segmenter import LightSegmenter
+from model.propose import options_for, propose
+from model.text import Vocabulary, load_phrase_encoder
+from model.types import Refusal
+
+log = logging.getLogger(__name__)
+
+_SHEET_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetPart:
+    """One annotated set and its part in the lessons."""
+
+    path: str
+    split: str = "train"
+    share: float = 1.0
+    views: int = 0
+    proposals: float = 0.0
+    named: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """All that decides what is trained, read from a TOML file."""
+
+    sets: tuple[SetPart, ...]
+    level: TrainingConfig
+    phrase: TrainingConfig
+    proposals: dict[str, Any]
+    smallest_view: float
+    view_seed: int
+    phrase_threshold: float
+    digest: str  # of the file
+
+    @classmethod
+    def read(cls, path: Path, **overrides: Any) -> Recipe:
+        """Return the recipe in a file; `overrides` replace values of both branches' training (device, precision).
+
+        Raises:
+            Refusal: it cannot be read, or names something that is not there.
+        """
+        try:
+            data = path.read_bytes()
+            content = tomllib.loads(data.decode())
+            return cls(
+                sets=tuple(SetPart(**part) for part in content["sets"]),
+                level=_config(content["level"], LEVEL, overrides),
+                phrase=_config(content["phrase"], PHRASE, overrides),
+                proposals=dict(content["proposals"]),
+                smallest_view=float(content["views"]["smallest"]),
+                view_seed=int(content["views"]["seed"]),
+                phrase_threshold=float(content["phrase_threshold"]),
+                digest=hashlib.sha256(data).hexdigest(),
+            )
+        except OSError as error:
+            raise Refusal(f"recipe {path} cannot be read: {error}") from error
+        except KeyError as error:
+            raise Refusal(f"recipe {path} lacks {error}; see active_learning/recipes for a complete one") from error
+        except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
+            raise Refusal(f"recipe {path} is not understood: {error}") from error
+
+
+def _config(values: dict[str, Any], branch: str, overrides: dict[str, Any]) -> TrainingConfig:
+    known = {field.name for field in fields(TrainingConfig)}
+    if unknown := values.keys() - known:
+        raise Refusal(f"a recipe cannot set {sorted(unknown)[0]!r}; it may set {', '.join(sorted(known))}")
+    return TrainingConfig(**(values | overrides), branch=branch)
+
+
+def train_base(
+    recipe: Recipe,
+    segmenter: LightSegmenter,
+    data: Path,
+    out: Path,
+    *,
+    embeddings: Path,
+    stage: Callable[[str, int], Callable[[int, str], None]],
+) -> Path:
+    """Train both branches and return the adapter file, OUT/light-granularity.safetensors.
+
+    Args:
+        recipe: what to do.
+        segmenter: the base, without adapter.
+        data: folder of the recipe's sets.
+        out: gets proposals, checkpoints, TensorBoard's files, picture sheets and the adapter.
+        embeddings: folder of encoded photos, read and added to.
+        stage: opens a progress bar of a name and a number of steps; what it returns is told the steps done and a text.
+
+    Raises:
+        Refusal: a set is missing or damaged, or a checkpoint belongs to another recipe.
+    """
+    groups, named, sheet = _photos(recipe, segmenter, data, out, embeddings, stage)
+    files = EmbeddingFiles(embeddings, segmenter)
+    _encode(files, [photo for _, photos in groups for photo in photos], stage)
+    vocabulary = _vocabulary(named, recipe.phrase_threshold)
+    network = LadderDecoder(segmenter.mask_decoder, vocabulary.vectors.shape[1])
+    card: dict[str, Any] = {
+        "base": segmenter.digest,
+        "rank": recipe.level.rank,
+        "alpha": recipe.level.alpha,
+        "phrase_width": vocabulary.vectors.shape[1],
+        "phrase_encoder": load_phrase_encoder().name,
+        "phrase_threshold": recipe.phrase_threshold,
+        "vocabulary": list(vocabulary.names),
+        "recipe": recipe.digest,
+        "sets": [asdict(part) for part in recipe.sets],
+    }
+    branches: list[str] = []
+
+    def save(path: Path) -> None:
+        lora = {branch: branch_state(network, branch) for branch in branches}
+        write_adapter(path, card=card, plain=plain_state(network) | {VOCABULARY: vocabulary.vectors}, lora=lora)
+
+    def vectors_of(names: Sequence[str]) -> Tensor:
+        matches = [vocabulary.match(name) for name in names]
+        return torch.stack([match.vector for match in matches if match is not None])
+
+    for config, lessons in ((recipe.level, groups), (recipe.phrase, [(1.0, named)])):
+        folder = out / config.branch
+        branches.append(config.branch)
+        prepare(network, config)
+        done = folder / "adapter.safetensors"
+        if done.is_file():
+            found = read_adapter(done, base=segmenter.digest)
+            network.load_state_dict({k: v for k, v in found.plain.items() if k != VOCABULARY}, strict=False)
+            restore_branch(network, config.branch, found.lora[config.branch])
+            continue
+        sampler = Sampler(
+            lessons, level_power=config.level_power, kind_weights=config.kind_weights, central=config.central
+        )
+        bar = stage(f"{config.branch} branch", config.steps)
+
+        def report(progress: Progress, bar: Callable[[int, str], None] = bar) -> None:
+            bar(progress.step, ", ".join(f"{name} {value:.3g}" for name, value in progress.figures.items()))
+
+        def look(step: int, _: LadderDecoder, folder: Path = folder, files: EmbeddingFiles = files) -> None:
+            save(folder / "latest.safetensors")
+            _draw(folder / f"sheet-{step:06}.png", segmenter, folder / "latest.safetensors", sheet, files)
+
+        fine_tune(
+            config,
+            network,
+            segmenter.prompt_encoder,
+            sampler,
+            files,
+            folder,
+            phrases=vectors_of,
+            report=report,
+            each_checkpoint=look,
+        )
+        save(done)
+    path = out / "light-granularity.safetensors"
+    save(path)
+    return path
+
+
+def _photos(
+    recipe: Recipe,
+    segmenter: LightSegmenter,
+    data: Path,
+    out: Path,
+    embeddings: Path,
+    stage: Callable[[str, int], Callable[[int, str], None]],
+) -> tuple[list[tuple[float, list[TrainingPhoto]]], list[TrainingPhoto], list[TrainingPhoto]]:
+    """Return photos by group with their shares, the photos with names, and those drawn on the sheet."""
+    groups: list[tuple[float, list[TrainingPhoto]]] = []
+    named: list[TrainingPhoto] = []
+    sheet: list[TrainingPhoto] = []
+    for part in recipe.sets:
+
+        def views(digest: str, part: SetPart = part) -> Sequence[View]:
+            rng = np.random.default_rng([recipe.view_seed, *bytes.fromhex(digest[:16])])
+            return [PLAIN, *(View.random(rng, recipe.smallest_view) for _ in range(part.views))]
+
+        found = read_annotations(data / part.path, split=part.split)
+        photos = photos_of(found, views)
+        groups.append((part.share, photos))
+        sheet += [photo for photo in photos if photo.view == PLAIN][:: max(1, len(photos) // 3)][:3]
+        if part.named:
+            named += photos
+        if part.proposals:
+            path = out / "proposals" / f"{part.path}.json"
+            if not path.is_file():
+                bar = stage(f"proposals on {part.path}", len(found.images))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                propose(
+                    found,
+                    segmenter,
+                    path,
+                    options_for(
+                        recipe.proposals["sources"],
+                        **{k: v for k, v in recipe.proposals.items() if k != "sources"},
+                    ),
+                    embeddings=embeddings,
+                    report=lambda p, bar=bar: bar(p.done, f"{p.passes_per_second:.0f} passes a second"),  # type: ignore[misc]
+                )
+            groups.append((part.proposals, photos_of(read_annotations(path, split=part.split))))
+    return groups, named, sheet[:_SHEET_ROWS]
+
+
+def _encode(
+    files: EmbeddingFiles, photos: list[TrainingPhoto], stage: Callable[[str, int], Callable[[int, str], None]]
+) -> None:
+    missing = {photo.embedding: photo for photo in files.missing(photos)}
+    if missing:
+        bar = stage("encoding photos", len(missing))
+        for count, photo in enumerate(missing.values(), 1):
+            files.make(photo)
+            bar(count, "")
+
+
+def _vocabulary(photos: Sequence[TrainingPhoto], threshold: float) -> Vocabulary:
+    names = sorted({name for photo in photos for name in photo.names if name})
+    if not names:
+        raise Refusal("no set of the recipe has named = true and names, so there is nothing to train phrases on")
+    return Vocabulary(names, load_phrase_encoder(), threshold)
+
+
+def _draw(
+    path: Path, base: LightSegmenter, adapter: Path, photos: Sequence[TrainingPhoto], files: EmbeddingFiles
+) -> None:
+    """Draw photos with a click, and what base and adapter answer at all levels."""
+    models = Models(base=base, adapted=base.with_adapter(adapter))
+    rows = []
+    for photo in photos:
+        scene = Scene(set_name="", image=photo.image, encoded=files.encoded(photo), pixels=photo.image.pixels)
+        parts = [mask for mask in photo.image.masks if mask.level == "part"] or list(photo.image.masks)
+        rows.append(Bench(models, scene, max(parts, key=lambda mask: mask.area), Options()))
+    draw_sheet(path, rows)
