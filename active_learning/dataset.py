@@ -9,7 +9,6 @@ same whole. Photos may be seen in further views (mirrored, cropped), each with a
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +17,15 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.annotations import AnnotatedImage, AnnotationSet
+from model.embeddings import EmbeddingFolder
 from model.geometry import Fit
 from model.light.ladder import LEVELS, LOGITS_PER_CELL, cells
 from model.light.network import SIDE
 from model.segmenter import Encoded, Segmenter
 from model.types import Mask, Refusal, RGBImage
-
-log = logging.getLogger(__name__)
 
 _LEAST_PIXELS = 6  # of a mask at the logits' resolution; smaller ones teach nothing
 _LEAST_VISIBLE = 0.4  # share of a mask that a cropped view must still hold
@@ -160,46 +156,28 @@ def _shrink(mask: npt.NDArray[np.uint8], fit: Fit, rows: int, columns: int) -> n
 
 
 class EmbeddingFiles:
-    """Embeddings of views on disk, one file each; made where they are missing."""
+    """Encoded views of photos, each kept in a file of its own."""
 
     def __init__(self, folder: Path, segmenter: Segmenter) -> None:
-        """Keep files in `folder` / the segmenter's encoding."""
-        self._folder = folder / segmenter.encoding
+        """Keep files in `folder`, as `segmenter` encodes."""
+        self._folder = EmbeddingFolder(folder)
         self._segmenter = segmenter
 
-    def path(self, photo: TrainingPhoto) -> Path:
-        """Return where a view's embedding is or will be."""
-        return self._folder / f"{photo.embedding}.safetensors"
-
     def missing(self, photos: Iterable[TrainingPhoto]) -> list[TrainingPhoto]:
-        """Return the views that are not encoded yet."""
-        return [photo for photo in photos if not self.path(photo).is_file()]
+        """Return one photo for each view that is not encoded yet."""
+        named = {photo.embedding: photo for photo in photos}
+        paths = {name: self._folder.path(self._segmenter, name) for name in named}
+        return [named[name] for name, path in paths.items() if path is None or not path.is_file()]
 
-    def make(self, photo: TrainingPhoto) -> None:
-        """Encode a view and keep the result; the file appears whole or not at all."""
-        encoded = self._segmenter.encode(photo.pixels())
-        path = self.path(photo)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.draft")
-        save_file(encoded.tensors, draft)
-        draft.replace(path)
-
-    def read(self, photo: TrainingPhoto) -> Tensor:
-        """Return a view's embedding, fp16 1, 256, 64, 64; a damaged file is made anew.
+    def encoded(self, photo: TrainingPhoto) -> Encoded:
+        """Return a view as the encoder left it, encoding it where that was not done yet.
 
         Raises:
             Refusal: its photo cannot be read.
         """
-        try:
-            return load_file(self.path(photo))["embedding"]
-        except (OSError, SafetensorError, KeyError):
-            log.warning("the embedding of %s is damaged or missing and is made anew", photo.image.path)
-            self.make(photo)
-            return load_file(self.path(photo))["embedding"]
-
-    def encoded(self, photo: TrainingPhoto) -> Encoded:
-        """Return a view's embedding as a segmenter made it."""
-        return Encoded({"embedding": self.read(photo)}, photo.height, photo.width)
+        return self._folder.encoded(
+            self._segmenter, photo.embedding, photo.pixels, height=photo.height, width=photo.width
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

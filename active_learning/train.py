@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -102,11 +103,20 @@ def trainable_names(network: LadderDecoder, branch: str) -> list[str]:
     return [name for name, _ in network.named_parameters() if not name.startswith(frozen) and "lora_" not in name]
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Have torch draw first weights by `seed` for a while, and go on afterwards as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 def prepare(network: LadderDecoder, config: TrainingConfig) -> None:
-    """Freeze what stays, attach the LoRA branch, and thaw what the branch trains."""
+    """Freeze what stays, attach the LoRA branch as the seed draws it, and thaw what the branch trains."""
     network.requires_grad_(False)
     plain = trainable_names(network, config.branch)
-    attach(network.transformer, config.branch, rank=config.rank, alpha=config.alpha)
+    with seeded(config.seed):
+        attach(network.transformer, config.branch, rank=config.rank, alpha=config.alpha)
     for name, parameter in network.named_parameters():
         if name in plain:
             parameter.requires_grad_(True)
@@ -138,7 +148,7 @@ def fine_tune(
         each_checkpoint: called after each checkpoint with the averaged weights in `network`.
 
     Raises:
-        Refusal: the checkpoint belongs to another recipe.
+        Refusal: the checkpoint is damaged, or belongs to another recipe.
     """
     accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
     run = _Run(config, network, accelerator)
@@ -151,7 +161,7 @@ def fine_tune(
     began = time.monotonic()
     for step in range(start, config.steps):
         lesson = sampler.draw(run.rng, config.clicks)
-        embedding = embeddings.read(lesson.photo).to(accelerator.device).float()
+        embedding = embeddings.encoded(lesson.photo).tensors["embedding"].to(accelerator.device).float()
         named = None
         if config.branch == PHRASE:
             assert phrases is not None
@@ -230,8 +240,13 @@ class _Run:
         """Take over a checkpoint, if there is one; return the number of steps done."""
         if not path.is_file():
             return 0
-        content = torch.load(path, weights_only=True, map_location=self.accelerator.device)
-        if content["recipe"] != json.dumps(asdict(self.config), sort_keys=True):
+        try:
+            content = torch.load(path, weights_only=True, map_location=self.accelerator.device)
+            recipe = content["recipe"]
+        except (OSError, EOFError, RuntimeError, TypeError, KeyError, pickle.UnpicklingError) as error:
+            said = str(error).partition("\n")[0]
+            raise Refusal(f"checkpoint {path} cannot be read ({said}); delete it to begin anew") from error
+        if recipe != json.dumps(asdict(self.config), sort_keys=True):
             raise Refusal(f"{path} belongs to another recipe; name another output folder, or delete it")
         with torch.no_grad():
             for name, parameter in self.named.items():

@@ -763,7 +763,7 @@ def make_config(
     if phrase:
         lines.append('<Header value="Phrase, then Enter"/>')
         area = {"name": "phrase", "toName": "image", "perRegion": "true", "maxSubmissions": "1", "rows": "1"}
-        lines.append(_tag("TextArea", area | {"editable": "true", "placeholder": "such as: the left eye"}, closed=True))
+        lines.append(_tag("TextArea", area | {"editable": "true", "placeholder": "such as: shoes"}, closed=True))
     lines.append('<Header value="Mask"/>')
     mask = {"name": "mask", "toName": "image", "smart": "false"}
     lines += _labels_lines(f"{output.capitalize()}Labels", mask, _class_labels(names, MASK_KEYS))

@@ -681,22 +681,21 @@ def _level_results(ask: Ask, config: LabelConfig, granularity: Granularity | Non
     """Return the granularity as results of the image's level tag and number tag.
 
     The level tag gets the label that was chosen, or the nearest. The number tag gets the number that was asked for with
-    it, the level of one of several proposals that no label names, or, where there is no level tag, any level.
+    it, the level of each of several proposals (on accepting one, the editor puts the click's own label in place of
+    ours), or, where there is no level tag, any level.
     """
     asked = granularity is None or granularity == ask.prompt.granularity
     level = ask.level if asked or granularity is None else granularity.value
     if level is None:
         return []
     results: list[Json] = []
-    named = False
     tag: LevelTag | None = config.level_tag(ask.to_name, ask.level_label)
     if tag is not None:
         chosen = asked and ask.level_label is not None and tag.granularity(ask.level_label) is not None
         label = ask.level_label if chosen else tag.nearest(level)
-        named = asked or (label is not None and tag.granularity(label) == level)
         results.append({"type": "labels", "from_name": tag.name, "value": {"labels": [label]}})
     number = config.region_number(ask.to_name)
-    if number is not None and (not named or (asked and ask.level_source == "number")):
+    if number is not None and (tag is None or not asked or ask.level_source == "number"):
         value = round(level * number.scale, 6)
         results.append({"type": "number", "from_name": number.name, "value": {"number": value}})
     return results

@@ -108,7 +108,13 @@ def _interactive(service: Service, config: LabelConfig, task: Json, context: Jso
     metrics.PREDICTIONS.labels("answered").inc()
     log.info(
         "task %s: %d clicks, level %s, phrase %s, %d regions by %s in %.0f ms",
-        *(ask.task_id, len(prompt.clicks), "all" if ask.all_levels else ask.level, prompt.phrase, len(regions)),
+        *(
+            ask.task_id,
+            len(prompt.clicks),
+            "all" if ask.all_levels else ask.level,
+            prompt.phrase,
+            len({item["id"] for item in regions}),
+        ),
         *(shaped[0].adapter or segmenter.version, (time.perf_counter() - start) * 1000),
     )
     answered = answer(regions, max(one.score for one in shaped), service.model_version)

@@ -60,14 +60,13 @@ def attach(network: nn.Module, branch: str, *, rank: int, alpha: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    trained = [name for name, p in network.named_parameters() if p.requires_grad]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second branch is what we want
         inject_adapter_in_model(config, network, adapter_name=branch)
     own = f".{branch}."
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in trained or ("lora_" in name and own in name))
+        parameter.requires_grad_("lora_" in name and own in name)
 
 
 def switch_on(network: nn.Module, branches: Sequence[str]) -> None:
@@ -120,6 +119,7 @@ def write_adapter(
     draft = path.with_name(f".{path.name}.draft")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft, {"card": json.dumps(card)})
+    draft.chmod(0o644)  # safetensors writes for its owner alone
     draft.replace(path)
 
 
@@ -139,7 +139,8 @@ def read_adapter(path: Path, *, base: str | None = None) -> AdapterFile:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
         if card["format"] != _FORMAT:
             raise Refusal(f"adapter {path} has format {card['format']}; this version reads format {_FORMAT}")
-        fits, branches, _ = card["base"], card["branches"], card["alpha"] / card["rank"]
+        fits, _ = str(card["base"]), card["alpha"] / card["rank"]
+        lora: dict[str, dict[str, Tensor]] = {branch: {} for branch in card["branches"]}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, Refusal):
             raise
@@ -149,7 +150,6 @@ def read_adapter(path: Path, *, base: str | None = None) -> AdapterFile:
     if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
         raise Refusal(f"adapter {path} holds values that are not finite in {bad[0]}; train it anew")
     plain: dict[str, Tensor] = {}
-    lora: dict[str, dict[str, Tensor]] = {branch: {} for branch in branches}
     for name, value in tensors.items():
         kind, _, rest = name.partition(".")
         if kind == _PLAIN:

@@ -20,10 +20,9 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from pycocotools import mask as coco
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 
 from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet, encode
+from model.embeddings import EmbeddingFolder
 from model.granularity import estimate
 from model.proposals import GeneratorOptions, Source, generate, whole_image
 from model.segmenter import Encoded, Segmenter
@@ -114,7 +113,7 @@ def propose(
     """
     parts = out.with_name(f"{out.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
-    counted = _Counted(segmenter)
+    counted, kept = _Counted(segmenter), EmbeddingFolder(embeddings)
     progress = Progress(images=len(annotations.images))
     finished: list[tuple[AnnotatedImage, Path]] = []
     for image in annotations.images:
@@ -125,7 +124,7 @@ def propose(
             if path.is_file():
                 progress.reused += 1
             else:
-                encoded = _encoded(image, digest, segmenter, embeddings)
+                encoded = kept.encoded(segmenter, digest, image.pixels, height=image.height, width=image.width)
                 began = time.perf_counter()
                 seed = [options.seed, *np.frombuffer(bytes.fromhex(digest), np.uint32).tolist()]
                 masks = _masks(image, cast(Segmenter, counted), encoded, np.random.default_rng(seed), options)
@@ -219,23 +218,6 @@ def _key(image: AnnotatedImage, digest: str, options: RunOptions, model: str) ->
     masks = [(m.id, m.parent_id, m.name, m.segmentation["counts"].decode()) for m in image.masks]
     content = json.dumps([asdict(options), model, digest, masks], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _encoded(image: AnnotatedImage, digest: str, segmenter: Segmenter, embeddings: Path | None) -> Encoded:
-    """Return the encoded image, from its file if there is one."""
-    path = embeddings / segmenter.encoding / f"{digest}.safetensors" if embeddings is not None else None
-    if path is not None and path.is_file():
-        try:
-            return Encoded(load(path.read_bytes()), image.height, image.width)
-        except (OSError, SafetensorError) as error:
-            log.warning("the embedding %s is unreadable (%s): the photo is encoded anew", path, error)
-    encoded = segmenter.encode(image.pixels())
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(encoded.tensors, draft)
-        draft.replace(path)
-    return encoded
 
 
 def _annotations(masks: Sequence[AnnotatedMask]) -> list[dict[str, Any]]:

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from model.annotations import Level, Source
+from model.embeddings import EmbeddingFolder
 from model.evaluation.protocol import PROTOCOLS, Bench, Models, Options, Row
 from model.evaluation.report import draw_sheet, write_report
 from model.evaluation.runner import ModelSource, Results, Task, key_of, left_of, plan, run, scene_of
-from model.evaluation.sets import Embeddings, Selection, evenly_spaced, select
+from model.evaluation.sets import Selection, evenly_spaced, select
 from model.evaluation.summary import figures_of, groups_of, numbers_of
 from model.segmenter import Device, EncoderChoice
 from model.types import Granularity, Refusal
@@ -46,7 +47,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Masks of each set and level at most, spread evenly.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random clicks.")] = 0,
-    embeddings: Annotated[Path | None, typer.Option(help="Folder of embeddings that are there already.")] = None,
+    embeddings: Annotated[Path | None, typer.Option(help="Folder to keep encoded photos in, for further runs.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with one thread; 1: this one, all threads.")] = 1,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of this process; 0: one per core.")] = 0,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
@@ -88,7 +89,7 @@ def evaluate(
             compiled=compiled.expanduser(),
         )
         results = Results(out / "results.jsonl")
-        _Evaluation(found, names, options, source, Embeddings(embeddings), results, jobs, Console()).run(sheet)
+        _Evaluation(found, names, options, source, EmbeddingFolder(embeddings), results, jobs, Console()).run(sheet)
     except (Refusal, OSError) as error:  # OSError: the folder of --out cannot be written to
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from error
@@ -100,7 +101,7 @@ class _Evaluation:
     protocols: tuple[str, ...]
     options: Options
     source: ModelSource
-    embeddings: Embeddings
+    embeddings: EmbeddingFolder
     results: Results
     jobs: int
     console: Console

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.annotations import AnnotatedImage, AnnotatedMask
+from model.embeddings import EmbeddingFolder
 from model.evaluation.protocol import BASE_ONLY, Bench, Models, Options, Row, Scene
-from model.evaluation.sets import Embeddings, Selection, evenly_spaced
+from model.evaluation.sets import Selection, evenly_spaced
 from model.segmenter import Device, EncoderChoice, load_segmenter
 from model.types import Refusal
 
@@ -175,13 +176,13 @@ def left_of(task: Task, results: Results, *, timed: bool) -> Task | None:
     return replace(task, todo=left) if left else None
 
 
-def scene_of(set_name: str, image: AnnotatedImage, models: Models, embeddings: Embeddings) -> Scene:
+def scene_of(set_name: str, image: AnnotatedImage, models: Models, embeddings: EmbeddingFolder) -> Scene:
     """Return an image of a set, encoded."""
-    encoded = embeddings.encoded(models.base, image)
+    encoded = embeddings.encoded(models.base, image.digest(), image.pixels, height=image.height, width=image.width)
     return Scene(set_name=set_name, image=image, encoded=encoded, pixels=image.pixels)
 
 
-def measure(models: Models, task: Task, options: Options, embeddings: Embeddings) -> Iterator[Row]:
+def measure(models: Models, task: Task, options: Options, embeddings: EmbeddingFolder) -> Iterator[Row]:
     """Yield the rows of a task as they are done.
 
     Raises:
@@ -208,7 +209,7 @@ def run(
     tasks: Sequence[Task],
     results: Results,
     options: Options,
-    embeddings: Embeddings,
+    embeddings: EmbeddingFolder,
     *,
     models: Models,
     source: ModelSource | None = None,
@@ -244,7 +245,7 @@ def run(
 
 
 def _in_processes(
-    tasks: Sequence[Task], options: Options, embeddings: Embeddings, source: ModelSource, jobs: int
+    tasks: Sequence[Task], options: Options, embeddings: EmbeddingFolder, source: ModelSource, jobs: int
 ) -> Iterator[Row]:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_load, initargs=(source, options, embeddings))
@@ -259,10 +260,10 @@ def _in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Models, Options, Embeddings] | None = None  # of a process that `_in_processes` started
+_worker: tuple[Models, Options, EmbeddingFolder] | None = None  # of a process that `_in_processes` started
 
 
-def _load(source: ModelSource, options: Options, embeddings: Embeddings) -> None:
+def _load(source: ModelSource, options: Options, embeddings: EmbeddingFolder) -> None:
     global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = (source.load(), options, embeddings)

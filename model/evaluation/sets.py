@@ -1,19 +1,15 @@
-"""Which masks of which sets are measured, and the embeddings of their photos."""
+"""Which masks of which sets are measured."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load
-
 from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet, Source, read_annotations
 from model.evaluation.protocol import supported
-from model.segmenter import Encoded, Segmenter
 from model.types import Refusal
 
 T = TypeVar("T")
@@ -98,41 +94,3 @@ def _fingerprint(annotations: AnnotationSet) -> str:
         for mask in image.masks:
             digest.update(f" {mask.id}:{mask.area}:{mask.parent_id}:{mask.name}".encode())
     return digest.hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Embeddings:
-    """A folder of embeddings, `<encoding>/<sha256 of the photo's file>.safetensors`; or none."""
-
-    folder: Path | None
-
-    def __post_init__(self) -> None:
-        if self.folder is not None and not self.folder.is_dir():
-            raise Refusal(f"embeddings {self.folder} is not a folder; give one, or leave --embeddings out")
-
-    def encoded(self, segmenter: Segmenter, image: AnnotatedImage) -> Encoded:
-        """Return the image as `segmenter` encodes it, from the folder where it is there.
-
-        Raises:
-            Refusal: the photo or its embedding is damaged.
-        """
-        path = self._path(segmenter, image)
-        if path is None:
-            return segmenter.encode(image.pixels())
-        try:
-            tensors = load(path.read_bytes())
-        except (OSError, SafetensorError) as error:
-            raise Refusal(f"embedding {path} cannot be read ({error}); delete it and run again") from error
-        if set(tensors) != {"embedding"} or tensors["embedding"].ndim != 4:
-            raise Refusal(f"{path} holds {sorted(tensors)}, not one `embedding` of shape 1, C, H, W; delete it")
-        return Encoded(tensors, image.height, image.width)
-
-    def _path(self, segmenter: Segmenter, image: AnnotatedImage) -> Path | None:
-        if self.folder is None:
-            return None
-        places: Iterable[Path] = (self.folder / segmenter.encoding, self.folder)
-        for place in places:
-            path = place / f"{image.digest()}.safetensors"
-            if place.name == segmenter.encoding and path.is_file():
-                return path
-        return None

@@ -87,6 +87,9 @@ def _decoder(found: AdapterFile, base: MaskDecoder, width: int, branches: list[s
     unknown = found.plain.keys() - state.keys() - {VOCABULARY}
     if unknown:
         raise Refusal(f"the adapter holds {sorted(unknown)[0]}, which the ladder decoder has not")
+    lacking = {name for name in state if not name.startswith(("transformer.", "iou_token."))} - found.plain.keys()
+    if lacking:
+        raise Refusal(f"the adapter lacks {sorted(lacking)[0]}, without which the ladder decoder is untrained")
     ladder.load_state_dict({k: v for k, v in found.plain.items() if k != VOCABULARY}, strict=False)
     weights = dict(ladder.transformer.named_parameters())
     with torch.no_grad():

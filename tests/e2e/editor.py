@@ -160,6 +160,12 @@ class Editor:
         """Press a key, such as the hotkey of a label."""
         self.page.keyboard.press(key)
 
+    def type_phrase(self, phrase: str) -> None:
+        """Type a phrase beside the selected click, and Enter."""
+        field = self.page.locator("input[name=phrase]")
+        field.fill(phrase)
+        field.press("Enter")
+
     def answered(self, action: Callable[[], object]) -> Exchange:
         """Do `action`, wait for the answer to the request it causes and until the editor shows what was answered."""
         start = time.perf_counter()

@@ -6,10 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from ml_backend.service import ADAPTER
+from model.adapter import read_adapter
 from tests.conftest import ROOT
 from tests.e2e.conftest import Pictures, StartBackend
 from tests.e2e.editor import Editor, Exchange
@@ -21,6 +25,7 @@ from tests.e2e.servers import get_text
 pytestmark = pytest.mark.e2e
 
 LEVEL_KEYS = {"a": "0.1", "s": "0.3", "d": "0.5", "f": "0.7", "g": "1.0"}
+ALL_KEY = "j"
 KEYPOINT, RECTANGLE = "key-point-tool", "rectangle-tool"
 
 needs_own_backend = pytest.mark.skipif(
@@ -110,7 +115,7 @@ def test_clicks_levels_and_a_box_give_masks_and_the_accepted_one_is_stored_as_an
     assert holds(read_mask(only(third)), third.spots[2])
     report_iou("a second positive click", third)
 
-    # Each level key sends one request. Up, masks grow; down, the same levels give the same masks.
+    # Each level key sends one request. Up, the mask grows; down, the same levels give the same masks.
     def press(key: str) -> Exchange:
         before = editor.asked
         exchange = editor.answered(lambda: editor.press(key))
@@ -130,8 +135,7 @@ def test_clicks_levels_and_a_box_give_masks_and_the_accepted_one_is_stored_as_an
             pictures.take("granularity-fine", editor)
     pictures.take("granularity-whole", editor)
     areas = [int(read_mask(only(exchange)).sum()) for exchange in up.values()]
-    assert areas == sorted(areas)
-    assert areas[0] < areas[-1]
+    assert areas[0] < areas[-1], "the clicks bind each level, so those between may come near each other"
     for key in list(LEVEL_KEYS)[-2::-1]:
         down = press(key)
         assert only(down)["value"]["rle"] == only(up[key])["value"]["rle"]
@@ -188,6 +192,61 @@ def test_clicks_levels_and_a_box_give_masks_and_the_accepted_one_is_stored_as_an
         assert now.get(kind, 0) == counted.get(kind, 0) + 1, f"{kind}: {counted} has become {now}"
 
 
+def test_after_one_click_level_keys_grow_the_mask_and_one_key_shows_all_levels(
+    label_studio: LabelStudio, backend: str, editor: Editor, photo: Photo, pictures: Pictures
+) -> None:
+    project = label_studio.add_project("levels", printed_config("brush"), photo, backend)
+    open_editor(editor, project)
+    editor.choose_tool(KEYPOINT)
+    editor.choose_label("Object")
+    editor.answered(lambda: editor.click(photo.click))
+    levels = {key: editor.answered(partial(editor.press, key)) for key in LEVEL_KEYS}
+    areas = [int(read_mask(only(exchange)).sum()) for exchange in levels.values()]
+    assert all(large >= 0.99 * small for small, large in pairwise(areas)), areas
+    assert areas[0] < areas[-1]
+
+    # All levels, then one of them, then all again.
+    every = editor.answered(lambda: editor.press(ALL_KEY))
+    masks = [read_mask(region) for region in every.regions("brushlabels")]
+    assert len(editor.suggestions()) == len(masks) > 1
+    sizes = [int(mask.sum()) for mask in masks]
+    assert sizes == sorted(sizes)
+    pictures.take("all-levels", editor)
+    single = editor.answered(lambda: editor.press("g"))
+    assert only(single)["value"] == only(levels["g"])["value"]
+    editor.answered(lambda: editor.press(ALL_KEY))
+
+    # All accepted at once: the editor writes the click's label on each, the number says which level it is.
+    editor.accept()
+    editor.submit()
+    results = label_studio.annotation(project)["result"]
+    numbers = {item["id"]: item["value"]["number"] for item in results if item["type"] == "number"}
+    assert numbers == {item["id"]: item["value"]["number"] for item in every.regions("number")}
+    assert numbers.keys() == {item["id"] for item in every.regions("brushlabels")}
+
+
+def test_a_phrase_typed_beside_a_click_is_obeyed_and_an_unknown_one_changes_nothing(
+    label_studio: LabelStudio, backend: str, editor: Editor, photo: Photo
+) -> None:
+    project = label_studio.add_project("phrases", printed_config("brush"), photo, backend)
+    open_editor(editor, project)
+    editor.choose_tool(KEYPOINT)
+    editor.choose_label("Object")
+    plain = editor.answered(lambda: editor.click(photo.click))
+    unknown = editor.answered(lambda: editor.type_phrase("blorb zzyx"))
+    assert only(unknown)["value"] == only(plain)["value"]
+    editor.reject()
+
+    editor.choose_label("Object")
+    editor.answered(lambda: editor.click(photo.click))
+    name = read_adapter(ADAPTER).card["vocabulary"][0]
+    named = editor.answered(lambda: editor.type_phrase(name))
+    assert [item["value"]["text"] for item in named.context if item["type"] == "textarea"] == [[name]]
+    assert holds(read_mask(only(named)), named.spots[0])
+    editor.accept()
+    assert [region["id"] for region in editor.regions()] == [only(named)["id"]]
+
+
 @pytest.mark.parametrize("output", ["bitmask", "polygon", "rectangle"])
 def test_a_click_is_answered_with_the_kind_of_region_that_the_configuration_has(
     label_studio: LabelStudio, backend: str, editor: Editor, photo: Photo, output: str
@@ -210,7 +269,7 @@ def test_a_click_is_answered_with_the_kind_of_region_that_the_configuration_has(
 def test_a_click_without_a_level_is_answered_with_three_proposals_where_the_operator_wants_them(
     label_studio: LabelStudio, start_backend: StartBackend, editor: Editor, photo: Photo
 ) -> None:
-    with start_backend(GRACO_PROPOSE="3", GRACO_ENCODER="exact") as backend:
+    with start_backend(GRACO_PROPOSE="3", GRACO_ADAPTER="none", GRACO_ENCODER="exact") as backend:
         project = label_studio.add_project("proposals", printed_config("brush"), photo, backend)
         open_editor(editor, project)
         editor.choose_tool(KEYPOINT)

@@ -61,6 +61,7 @@ def test_an_import_is_encoded_by_the_worker_and_the_first_click_of_the_next_serv
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     assert "task 9 is not encoded ahead: " in done.stderr
+    assert "with adapter none is loaded" in done.stderr, "embeddings are the base's"
     assert TOKEN not in done.stderr
     assert len(list(web.settings.data_dir.glob("embeddings/*/*/*.safetensors"))) == 1, "one image, two tasks"
     assert queue(connection).count == 0

@@ -322,7 +322,7 @@ def test_no_two_labels_share_a_hotkey_however_many_classes(count):
 
 
 def test_hotkeys_are_those_that_the_text_promises():
-    assert hotkeys(make_config(["Car", "Wheel"])) == ["1", "2", "shift+q", "shift+w", *"asdfg", "z", "x"]
+    assert hotkeys(make_config(["Car", "Wheel"])) == ["1", "2", "shift+q", "shift+w", *"asdfgj", "z", "x"]
 
 
 def test_hotkeys_keep_clear_of_the_editors_own():

@@ -726,7 +726,9 @@ def test_each_proposal_says_where_it_stands():
         {"labels": ["0.5"]},
         {"number": 0.52},
         {"labels": ["0.1"]},
+        {"number": 0.1},
         {"labels": ["1.0"]},
+        {"number": 1.0},
     ]
     assert len({r["id"] for r in result}) == 3
 

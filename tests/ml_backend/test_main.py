@@ -4,8 +4,10 @@ import pytest
 from typer.testing import CliRunner
 
 import ml_backend.supervisor
+import model.segmenter
 from ml_backend.__main__ import app
 from ml_backend.label_config import make_config
+from model.types import Refusal
 from tests.ml_backend.conftest import TOKEN
 
 
@@ -16,7 +18,12 @@ def run(*words):
 @pytest.mark.parametrize("command", ["run", "worker", "doctor"])
 @pytest.mark.parametrize(
     ("variable", "wrong"),
-    [("GRACO_PORT", "ninety"), ("GRACO_DEFAULT_GRANULARITY", "7"), ("LABEL_STUDIO_URL", "ls.example")],
+    [
+        ("GRACO_PORT", "ninety"),
+        ("GRACO_DEFAULT_GRANULARITY", "7"),
+        ("GRACO_ADAPTER", "/no/such.safetensors"),
+        ("LABEL_STUDIO_URL", "ls.example"),
+    ],
 )
 def test_a_wrong_setting_ends_the_command_with_a_line_naming_it(monkeypatch, command, variable, wrong):
     monkeypatch.setenv(variable, wrong)
@@ -40,6 +47,22 @@ def test_run_ends_with_the_supervisors_status(monkeypatch):
     monkeypatch.setattr(ml_backend.supervisor, "run", lambda settings: 3)
     monkeypatch.setattr("ml_backend.logs.configure", lambda *args, **kwargs: None)
     assert run("run").exit_code == 3
+
+
+def test_prepare_loads_what_will_be_served_and_fails_with_a_sentence_where_that_does_not_load(monkeypatch, tmp_path):
+    asked = []
+
+    def load(*args, **kwargs):
+        asked.append(kwargs)
+        raise Refusal("adapter mine.safetensors cannot be read")
+
+    monkeypatch.setattr(model.segmenter, "load_segmenter", load)
+    monkeypatch.setattr("ml_backend.logs.configure", lambda *args, **kwargs: None)
+    (mine := tmp_path / "mine.safetensors").write_bytes(b"")
+    monkeypatch.setenv("GRACO_ADAPTER", str(mine))
+    done = run("prepare")
+    assert (done.exit_code, asked[0]["adapter"]) == (1, mine)
+    assert "cannot be read" in done.stderr
 
 
 def test_no_command_prints_help():

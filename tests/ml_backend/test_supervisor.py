@@ -15,7 +15,8 @@ import urllib.request
 import psutil
 import pytest
 
-from ml_backend.supervisor import redis_server, redis_socket, web_command
+from ml_backend.settings import Settings
+from ml_backend.supervisor import _children, redis_server, redis_socket, web_command
 from tests.conftest import ROOT
 from tests.ml_backend.conftest import settings_for, wait_until
 
@@ -175,3 +176,10 @@ def test_the_web_server_has_one_process_and_the_threads_of_the_settings(tmp_path
     words = dict(itertools.pairwise(command))
     assert (words["--workers"], words["--threads"], words["--bind"]) == ("1", "5", "0.0.0.0:9999")
     assert "--preload" not in command
+
+
+def test_an_adapter_named_from_here_is_found_by_the_web_process_which_runs_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.safetensors").write_bytes(b"")
+    *_, web = _children(Settings(data_dir=tmp_path, adapter="mine.safetensors"), tmp_path)
+    assert web.environment["GRACO_ADAPTER"] == str(tmp_path / "mine.safetensors")

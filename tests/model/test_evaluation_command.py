@@ -6,13 +6,13 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from model.embeddings import EmbeddingFolder
 from model.evaluation.command import app
 from model.evaluation.protocol import BASE_ONLY, PROTOCOLS, Models, Options
 from model.evaluation.runner import ModelSource, Results, key_of, plan, run
-from model.evaluation.sets import Embeddings, evenly_spaced, select
+from model.evaluation.sets import evenly_spaced, select
 from model.types import Granularity, Refusal
 from tests.conftest import WEIGHTS
 from tests.model.drawn_set import Painter, write_set
@@ -94,7 +94,7 @@ def test_a_finished_run_measures_nothing_again(folder, tmp_path):
     for expected in (True, False):
         painter = Painter()
         models = Models(base=painter, adapted=painter)
-        run(tasks, results, Options(), Embeddings(None), models=models)
+        run(tasks, results, Options(), EmbeddingFolder(None), models=models)
         assert bool(painter.steps) == expected
         results = Results(tmp_path / "results.jsonl")
 
@@ -133,30 +133,6 @@ def test_a_limit_takes_masks_of_each_level_spread_evenly(folder):
     assert selected(folder, support=2).masks == 2
 
 
-def test_embeddings_of_this_encoding_are_used_and_others_are_not(folder, tmp_path, segmenter):
-    image = selected(folder).chosen[0][0]
-    made = segmenter.encode(image.pixels())
-    place = tmp_path / "embeddings" / segmenter.encoding
-    place.mkdir(parents=True)
-    save_file({"embedding": made.tensors["embedding"] + 1}, place / f"{image.digest()}.safetensors")
-    for root in (place, place.parent):
-        found = Embeddings(root).encoded(segmenter, image).tensors["embedding"]
-        assert (found == made.tensors["embedding"] + 1).all()
-    place.rename(place.parent / "another-encoding")
-    found = Embeddings(place.parent).encoded(segmenter, image).tensors["embedding"]
-    assert (found == made.tensors["embedding"]).all()
-
-
-def test_a_damaged_embedding_is_named(folder, tmp_path):
-    image = selected(folder).chosen[0][0]
-    place = tmp_path / Painter().encoding
-    place.mkdir()
-    path = place / f"{image.digest()}.safetensors"
-    path.write_bytes(b"no")
-    with pytest.raises(Refusal, match=f"{path.name} cannot be read"):
-        Embeddings(place).encoded(Painter(), image)
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -170,7 +146,6 @@ def test_a_damaged_embedding_is_named(folder, tmp_path):
         (("--split", "test"), "no image of split 'test'"),
         (("--level", "subpart"), "holds no mask to measure"),
         (("--adapter", "nowhere.safetensors"), "is not a file"),
-        (("--embeddings", "nowhere"), "is not a folder"),
         (("--limit", "-1"), "greater than or equal to 1"),
         (("--budget", "0"), "greater than or equal to 1"),
         (("--kind", "voc"), "'voc' is not one of"),
@@ -253,4 +228,6 @@ def test_a_process_that_dies_is_answered_with_what_to_do(folder, tmp_path, monke
     source = ModelSource(weights=WEIGHTS, adapter=None)
     models = Models(base=Painter(), adapted=Painter())
     with pytest.raises(Refusal, match="fewer --jobs"):
-        run(tasks, Results(tmp_path / "r.jsonl"), Options(), Embeddings(None), models=models, source=source, jobs=2)
+        run(
+            tasks, Results(tmp_path / "r.jsonl"), Options(), EmbeddingFolder(None), models=models, source=source, jobs=2
+        )

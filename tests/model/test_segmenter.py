@@ -6,16 +6,31 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from model.adapter import read_adapter, write_adapter
 from model.light.segmenter import LightSegmenter
 from model.metrics import iou
 from model.segmenter import Encoded, predict, version_of
 from model.types import Box, Click, Granularity, Prompt, Refusal
-from tests.conftest import WEIGHTS
+from tests.conftest import ROOT, WEIGHTS
+
+ADAPTER = ROOT / "model" / "weights" / "light-granularity.safetensors"
 
 
 @pytest.fixture(scope="module")
 def encoded(segmenter, scene) -> Encoded:
     return segmenter.encode(scene)
+
+
+@pytest.fixture(scope="module")
+def ladder(segmenter):
+    """The bundled model with the bundled adapter."""
+    return segmenter.with_adapter(ADAPTER)
+
+
+@pytest.fixture(scope="module")
+def name() -> str:
+    """A name of the adapter's vocabulary."""
+    return read_adapter(ADAPTER).card["vocabulary"][0]
 
 
 def on_disc(*more: Click) -> Prompt:
@@ -139,3 +154,119 @@ def test_threads_asking_at_once_get_the_answers_they_get_alone(segmenter, scene)
 
 def test_the_version_is_known_before_the_model_is_loaded(segmenter):
     assert version_of("light", WEIGHTS) == segmenter.version
+
+
+# --- with an adapter ---
+
+
+def same(one, other) -> bool:
+    pairs = zip(one.proposals, other.proposals, strict=True)
+    return all(
+        np.array_equal(a.mask, b.mask) and (a.score, a.granularity) == (b.score, b.granularity) for a, b in pairs
+    )
+
+
+def test_without_level_and_phrase_the_adapter_changes_nothing(segmenter, ladder, encoded):
+    more = Click(x=490, y=200, positive=True), Click(x=490, y=330, positive=False)
+    for prompt in (on_disc(), on_disc(*more), Prompt(box=Box(left=90, top=110, right=310, bottom=330))):
+        with_adapter = predict(ladder, encoded, prompt)
+        assert same(with_adapter, predict(segmenter, encoded, prompt))
+        assert with_adapter.adapter is None
+
+
+def test_a_level_is_answered_by_the_adapter_with_one_mask_that_says_it(ladder, encoded):
+    for prompt in (on_disc(), on_disc(Click(x=490, y=200, positive=True))):
+        asked = Prompt(clicks=prompt.clicks, granularity=Granularity(4))
+        prediction = predict(ladder, encoded, asked, proposals=10)
+        assert [p.granularity for p in prediction.proposals] == [Granularity(4)]
+        assert prediction.adapter == ladder.adapter
+        assert ladder.adapter.startswith("light-granularity-")
+
+
+def test_all_levels_of_one_click_differ_and_go_from_small_to_large(ladder, encoded):
+    for x, y in ((200, 220), (490, 300), (540, 250)):
+        prompt = Prompt(clicks=(Click(x=x, y=y, positive=True),))
+        found = predict(ladder, encoded, prompt, proposals=10)
+        areas = [p.mask.sum() for p in found.proposals]
+        assert areas == sorted(areas)
+        for one, other in itertools.combinations(found.proposals, 2):
+            assert iou(one.mask, other.mask) < 0.9
+        assert found.best.score == max(p.score for p in found.proposals)
+        for p in found.proposals:
+            asked = Prompt(clicks=prompt.clicks, granularity=p.granularity)
+            assert np.array_equal(predict(ladder, encoded, asked).best.mask, p.mask)
+        few = predict(ladder, encoded, prompt, proposals=2).proposals
+        assert len(few) == min(2, len(areas))
+
+
+def test_one_step_answers_every_level_of_the_first_click(ladder, encoded, monkeypatch):
+    steps = []
+    original = LightSegmenter.step
+    monkeypatch.setattr(LightSegmenter, "step", lambda *a: steps.append(1) or original(*a))
+    memo: dict = {}
+    for level in range(1, 11):
+        predict(ladder, encoded, Prompt(clicks=on_disc().clicks, granularity=Granularity(level)), memo=memo)
+    predict(ladder, encoded, on_disc(), memo=memo, proposals=10)
+    assert len(steps) == 1
+
+
+def test_a_warm_memo_gives_the_answer_of_a_cold_one_with_levels_and_phrases(ladder, encoded, name):
+    clicks = on_disc(Click(x=490, y=200, positive=False), Click(x=150, y=200, positive=True)).clicks
+    memo: dict = {}
+    for n, level, phrase in itertools.product((1, 2, 3), (None, Granularity(2), Granularity(9)), (None, name)):
+        prompt = Prompt(clicks=clicks[:n], granularity=level, phrase=phrase)
+        for proposals in (1, 10):
+            warm = predict(ladder, encoded, prompt, memo=memo, proposals=proposals)
+            assert same(warm, predict(ladder, encoded, prompt, proposals=proposals))
+
+
+def test_a_known_phrase_is_obeyed_however_it_is_written_and_an_unknown_one_is_as_none(ladder, encoded, name):
+    clicks = on_disc().clicks
+    known = predict(ladder, encoded, Prompt(clicks=clicks, phrase=name))
+    assert known.adapter == ladder.adapter
+    assert same(predict(ladder, encoded, Prompt(clicks=clicks, phrase=f" The {name.upper()}!"), proposals=10), known)
+    assert ladder.understood(Prompt(clicks=clicks, phrase=f"the {name}")).phrase == name
+    for phrase in ("blorb zzyx", "колесо", "..."):
+        for level in (None, Granularity(3)):
+            asked = Prompt(clicks=clicks, phrase=phrase, granularity=level)
+            plain = Prompt(clicks=clicks, granularity=level)
+            for proposals in (1, 10):
+                answer = predict(ladder, encoded, asked, proposals=proposals)
+                assert same(answer, predict(ladder, encoded, plain, proposals=proposals))
+
+
+def test_without_an_adapter_a_phrase_has_no_effect(segmenter, encoded, name):
+    asked = Prompt(clicks=on_disc().clicks, phrase=name)
+    assert same(predict(segmenter, encoded, asked), predict(segmenter, encoded, on_disc()))
+
+
+def test_threads_with_and_without_level_and_phrase_do_not_mix(ladder, encoded, name):
+    asked = [
+        Prompt(clicks=(Click(x=60 + 90 * k, y=230, positive=True),), granularity=level, phrase=phrase)
+        for k in range(3)
+        for level in (None, Granularity(2), Granularity(10))
+        for phrase in (None, name)
+    ]
+    alone = [predict(ladder, encoded, prompt) for prompt in asked]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda prompt: predict(ladder, encoded, prompt), asked))
+    assert all(same(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_an_adapter_that_is_damaged_or_fits_another_base_is_refused_by_name(segmenter, tmp_path):
+    path, file = tmp_path / "mine.safetensors", read_adapter(ADAPTER)
+    with pytest.raises(Refusal, match=r"mine\.safetensors cannot be read"):
+        segmenter.with_adapter(path)
+    path.write_bytes(ADAPTER.read_bytes()[:5000])
+    with pytest.raises(Refusal, match=r"mine\.safetensors cannot be read"):
+        segmenter.with_adapter(path)
+    write_adapter(path, card=file.card | {"base": "0123456789abcdef"}, plain=file.plain, lora=file.lora)
+    with pytest.raises(Refusal, match="use that base"):
+        segmenter.with_adapter(path)
+    for plain in (
+        {**file.plain, "levels.weight": file.plain["levels.weight"][:3]},
+        {**file.plain, "more": 0 * file.plain["levels.weight"]},
+    ):
+        write_adapter(path, card=file.card, plain=plain, lora=file.lora)
+        with pytest.raises(Refusal):
+            segmenter.with_adapter(path)

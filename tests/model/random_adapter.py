@@ -1,0 +1,45 @@
+"""An adapter that obeys nothing: the shape of a trained one, values drawn by a seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from model.adapter import attach, lora_state, write_adapter
+from model.light.adapter import LEVEL, PHRASE, VOCABULARY
+from model.light.ladder import LadderDecoder
+from model.light.segmenter import LightSegmenter
+from model.text import MINILM, THRESHOLD
+
+NAMES = ("disc", "door", "handle")
+WIDTH = 384  # of a phrase's vector
+
+
+def write_random_adapter(path: Path, base: LightSegmenter, *, seed: int = 0) -> Path:
+    """Write an adapter of both branches that fits `base`; each value is off by a little from where a training begins."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = LadderDecoder(base.mask_decoder, WIDTH)
+        plain = {
+            name: value + 0.1 * value.std(correction=0) * torch.randn_like(value)
+            for name, value in network.state_dict().items()
+            if not name.startswith(("transformer.", "iou_token."))
+        }
+        lora = {}
+        for branch in (LEVEL, PHRASE):
+            attach(network.transformer, branch, rank=4, alpha=8)
+            matrices = lora_state(network.transformer, branch)
+            lora[branch] = {name: value + 0.02 * torch.randn_like(value) for name, value in matrices.items()}
+        vectors = torch.nn.functional.normalize(torch.randn(len(NAMES), WIDTH), dim=1)
+    card = {
+        "base": base.digest,
+        "rank": 4,
+        "alpha": 8,
+        "phrase_width": WIDTH,
+        "phrase_encoder": MINILM,
+        "phrase_threshold": THRESHOLD,
+        "vocabulary": list(NAMES),
+    }
+    write_adapter(path, card=card, plain=plain | {VOCABULARY: vectors}, lora=lora)
+    return path

@@ -1,0 +1,97 @@
+"""The decoder that answers all ten levels in one pass."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from model.geometry import Fit
+from model.light.ladder import LEVELS, LOGITS_PER_CELL, LadderDecoder, _between, cells, fill_square
+from model.light.network import CHANNELS, GRID, POINT_PADDING, POINT_POSITIVE, SIDE
+
+WIDTH = 5  # of a phrase's vector
+
+
+@pytest.fixture(scope="module")
+def decoder(segmenter) -> LadderDecoder:
+    torch.manual_seed(0)
+    return LadderDecoder(segmenter.mask_decoder, WIDTH).eval().requires_grad_(False)
+
+
+def ask(decoder, segmenter, embedding, *spots, phrase=None):
+    """Return the ladder of one click at each spot (pixels of the square) on an embedding of the photo's cells."""
+    rows, columns = embedding.shape[-2:]
+    xy = torch.tensor([[spot, (0.0, 0.0)] for spot in spots])
+    points = segmenter.prompt_encoder.points(xy, torch.tensor([[POINT_POSITIVE, POINT_PADDING]] * len(spots)))
+    image = (embedding + segmenter.prompt_encoder.dense(None)).expand(len(spots), -1, -1, -1)
+    position = segmenter.prompt_encoder.grid_position()[..., :rows, :columns]
+    return decoder(image, position, points, None if phrase is None else phrase.expand(len(spots), -1))
+
+
+def test_an_untrained_ladder_grows_from_the_smallest_of_the_bases_masks_to_the_largest(decoder, segmenter, scene):
+    fit = Fit(*scene.shape[:2], SIDE)
+    rows, columns = cells(*fit.resized)
+    embedding = segmenter.encode(scene).tensors["embedding"].float()[..., :rows, :columns]
+    spots = [tuple(fit.to_square(np.array(spot, float)).tolist()) for spot in ((200, 220), (490, 300), (540, 250))]
+    ladder = ask(decoder, segmenter, embedding, *spots)
+    assert ladder.logits.shape == (3, LEVELS, rows * LOGITS_PER_CELL, columns * LOGITS_PER_CELL)
+    assert ladder.scores.shape == (3, LEVELS)
+    areas = (ladder.logits > 0).sum((-1, -2)).tolist()
+    for one in areas:
+        assert one[-1] > one[0] > 0
+    steps = [b >= 0.99 * a for one in areas for a, b in itertools.pairwise(one)]
+    assert np.mean(steps) >= 0.9, areas
+
+
+def test_an_untrained_ladder_has_the_bases_masks_at_its_ends_and_in_its_middle_when_asked_the_same(segmenter):
+    decoder = LadderDecoder(segmenter.mask_decoder, WIDTH)
+    tokens = segmenter.mask_decoder.mask_tokens.weight[1:]
+    levels = decoder.levels.weight.detach()
+    torch.testing.assert_close(levels[0], tokens[0])
+    torch.testing.assert_close((levels[4] + levels[5]) / 2, (8 * tokens[1] + tokens[0] / 2 + tokens[2] / 2) / 9)
+    torch.testing.assert_close(levels[9], tokens[2])
+
+
+@pytest.mark.parametrize("size", [(48, 480), (480, 48), (100, 300), (9, 2000), (2000, 9), (77, 77)])
+def test_the_cells_of_a_photo_of_any_shape_give_its_logits_and_the_square_repeats_their_border(
+    decoder, segmenter, size
+):
+    rows, columns = cells(*Fit(*size, SIDE).resized)
+    assert max(rows, columns) == GRID
+    few = torch.randn(1, CHANNELS, min(rows, 7), min(columns, 9), generator=torch.Generator().manual_seed(1))
+    logits = ask(decoder, segmenter, few, (8.0, 8.0)).logits
+    assert logits.shape == (1, LEVELS, LOGITS_PER_CELL * few.shape[2], LOGITS_PER_CELL * few.shape[3])
+    square = fill_square(logits)
+    assert square.shape == (1, LEVELS, GRID * LOGITS_PER_CELL, GRID * LOGITS_PER_CELL)
+    height, width = logits.shape[-2:]
+    assert torch.equal(square[..., :height, :width], logits)
+    assert (square[..., :height, width:] == logits[..., -1:]).all()
+    assert (square[..., height:, :width] == logits[..., -1:, :]).all()
+
+
+def test_a_phrase_adds_an_eleventh_answer_and_without_one_there_are_ten(decoder, segmenter):
+    embedding = torch.randn(1, CHANNELS, 4, 6, generator=torch.Generator().manual_seed(1))
+    phrases = torch.eye(WIDTH)
+    plain = ask(decoder, segmenter, embedding, (8.0, 8.0))
+    named, other = (ask(decoder, segmenter, embedding, (8.0, 8.0), phrase=phrases[i : i + 1]) for i in (0, 1))
+    assert (plain.logits.shape[1], plain.scores.shape[1]) == (LEVELS, LEVELS)
+    assert (named.logits.shape[1], named.scores.shape[1]) == (LEVELS + 1, LEVELS + 1)
+    assert not torch.equal(named.logits[:, LEVELS], other.logits[:, LEVELS])
+
+
+def test_prompts_asked_together_get_what_they_get_alone(decoder, segmenter):
+    embedding = torch.randn(1, CHANNELS, 4, 6, generator=torch.Generator().manual_seed(1))
+    spots = [(8.0, 8.0), (60.0, 30.0), (90.0, 50.0)]
+    together = ask(decoder, segmenter, embedding, *spots)
+    for i, spot in enumerate(spots):
+        torch.testing.assert_close(together.logits[i], ask(decoder, segmenter, embedding, spot).logits[0])
+
+
+@pytest.mark.parametrize("anchors", [2, 3, 4])
+def test_each_level_is_shared_out_between_the_nearest_two_anchors(anchors):
+    shares = _between(anchors)
+    assert shares.shape == (LEVELS, anchors)
+    torch.testing.assert_close(shares.sum(1), torch.ones(LEVELS))
+    assert ((shares > 0).sum(1) <= 2).all()
+    assert shares[0, 0] == shares[-1, -1] == 1
