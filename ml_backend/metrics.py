@@ -18,6 +18,10 @@ EMBEDDINGS = Counter("graco_embeddings_total", "where an embedding came from: me
 EMBEDDING_BYTES = Gauge("graco_embedding_memory_bytes", "embeddings held in memory")
 REPEATED = Counter("graco_repeated_answers_total", "prompts answered from memory, no decoder run")
 REGIONS = Counter("graco_regions_total", "regions in submitted annotations: accepted, corrected, drawn", ["kind"])
-PHRASES = Counter("graco_phrases_total", "phrases typed: known, unknown (answered as if there were none)", ["outcome"])
+PHRASES = Counter(
+    "graco_phrases_total",
+    "phrases typed: known, part (taken as a level), unknown (answered as if there were none)",
+    ["outcome"],
+)
 MODEL = Info("graco_model", "base weights and adapter that are loaded")
 READY = Gauge("graco_model_loaded", "1 once the model is loaded and images can be encoded")

@@ -32,6 +32,7 @@ from ml_backend.label_studio import (
 )
 from ml_backend.service import Service, timed
 from model.segmenter import Segmenter
+from model.text import names_part
 from model.types import Granularity, Prediction, Prompt, Refusal
 
 log = logging.getLogger(__name__)
@@ -125,8 +126,10 @@ def _phrase_note(ask: Ask, segmenter: Segmenter, understood: Prompt) -> Json:
     """Return why the phrase had no effect, for the answer, and tell the log; what was typed is in neither."""
     if not ask.phrase:
         return {}
-    metrics.PHRASES.labels("unknown" if understood.phrase is None else "known").inc()
-    if understood.phrase is not None:
+    as_part = segmenter.adapter is not None and names_part(ask.phrase)
+    outcome = "known" if understood.phrase is not None else "part" if as_part else "unknown"
+    metrics.PHRASES.labels(outcome).inc()
+    if outcome != "unknown":
         return {}
     why = "is no name that the model knows" if segmenter.adapter else "needs an adapter (see GRACO_ADAPTER)"
     reason = f"the phrase {why}, so the answer is as if there were none"

@@ -43,6 +43,24 @@ _ONE_AT_A_TIME = Lock()
 _REMEMBERED = 4096  # phrases whose vectors an encoder holds: 6 MB
 
 
+_PARTS = (
+    "antenna arm armrest axle back backrest bark barrel base beak belly blade bonnet border bottom bow brake branch "
+    "brim buckle bumper button cable cap chest chimney chin claw collar corner cover crown cuff cushion dashboard "
+    "door doorknob drawer ear edge elbow engine exhaust eye eyebrow face fender fin finger fingernail flank flap "
+    "foot footrest forehead fork frame fuselage gearshift grill grille grip hand handle handlebar hatch head "
+    "headboard headlamp headlight headrest heel hem hinge hood hoof horn hull joint keel key kickstand knee knob "
+    "label lace leaf leg lens lever licence license lid light limb lip lock mane mast mirror mouth mudguard muzzle "
+    "nail neck nose nostril panel paw peak pedal petal pillar pocket porthole propeller rail rear rim roof root "
+    "rotor rudder saddle screen seat shade shoulder shutter side sidelight sill sleeve snout sole spoiler spoke "
+    "spout stalk stem stern strap string tab tag tail tailgate taillight teat tentacle thigh throat thumb tip tire "
+    "toe tongue tooth top torso tread trim trunk tusk tyre udder valve waist wall wheel whisker window windowpane "
+    "windscreen windshield wing wiper wrist zip zipper "
+)
+PART_WORDS = frozenset(_PARTS.split())
+"""English nouns that name a part of something: what is asked for is a part, though nobody taught its looks."""
+_PLURALS = {"feet": "foot", "teeth": "tooth", "leaves": "leaf", "hooves": "hoof"}
+
+
 class PhraseEncoder(Protocol):
     """Turns phrases into vectors whose cosine says how near they are in meaning."""
 
@@ -90,6 +108,22 @@ def clean(phrase: str) -> str | None:
     while words and words[0] in _ARTICLES:
         del words[0]
     return " ".join(words) or None
+
+
+def names_part(phrase: str) -> bool:
+    """Return whether a phrase names a part of something, by its last word, or the last one before "of".
+
+    Raises:
+        Refusal: `phrase` has more than `MAX_PHRASE` characters.
+
+    >>> names_part("Wheels"), names_part("door handle of the car"), names_part("car")
+    (True, True, False)
+    """
+    words = (clean(phrase) or "").split(" of ")[0].split()
+    if not words:
+        return False
+    last = _PLURALS.get(words[-1], words[-1])
+    return any(word in PART_WORDS for word in (last, last.removesuffix("s"), last.removesuffix("es")))
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

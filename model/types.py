@@ -121,7 +121,7 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Prediction:
-    """Our answer to a prompt: one proposal; or several, a ladder small to large, or best first where none is learned."""
+    """Our answer to a prompt: one proposal; or several, all levels small to large, or without an adapter best first."""
 
     proposals: tuple[Proposal, ...]
     adapter: str | None = None  # id of the adapter that answered; None: base weights

@@ -6,7 +6,7 @@ one answers is chosen by request and writes to neither.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,11 +16,13 @@ from model.adapter import AdapterFile, read_adapter
 from model.light.ladder import Ladder, LadderDecoder
 from model.light.network import MaskDecoder
 from model.segmenter import digest_of, read_weights
-from model.text import Vocabulary, load_phrase_encoder
-from model.types import Refusal
+from model.text import Vocabulary, load_phrase_encoder, names_part
+from model.types import Granularity, Prompt, Refusal
 
 LEVEL, PHRASE = "level", "phrase"
 """Branches: LoRA of the level signal, and that of the phrase signal, which is on together with it."""
+PART = Granularity(2)
+"""What a word for a part asks for; chosen among 0.1 .. 0.5 on car parts (docs/experiments.md)."""
 VOCABULARY = "vocabulary"
 """Name of the tensor that holds the vectors of known names."""
 
@@ -34,10 +36,18 @@ class LadderAdapter:
     phrase: LadderDecoder | None
     vocabulary: Vocabulary | None
 
-    def known(self, phrase: str) -> str | None:
-        """Return the trained name that stands for `phrase`, or None: then it is answered as if it had none."""
-        match = None if self.vocabulary is None else self.vocabulary.match(phrase)
-        return None if match is None else match.name
+    def understood(self, prompt: Prompt) -> Prompt:
+        """Return `prompt` with its phrase as a name that was trained, or without.
+
+        A word for a part of something ("wheel") that is no such name is taken as what it says of granularity: the level
+        `PART`, unless the prompt has one. Any other phrase that is no name and near none is left out.
+        """
+        if prompt.phrase is None:
+            return prompt
+        match = None if self.vocabulary is None else self.vocabulary.match(prompt.phrase)
+        if names_part(prompt.phrase) and (match is None or match.cosine < 1):
+            return replace(prompt, phrase=None, granularity=prompt.granularity or PART)
+        return replace(prompt, phrase=None if match is None else match.name)
 
     def answer(self, image: Tensor, position: Tensor, points: Tensor, phrase: str | None) -> Ladder:
         """Return the ladder of one prompt; arguments as `LadderDecoder.forward`, `phrase` a known name."""

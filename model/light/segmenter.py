@@ -211,9 +211,7 @@ class LightSegmenter:
 
     def understood(self, prompt: Prompt) -> Prompt:
         """Return `prompt` with its phrase as the adapter's vocabulary knows it, or without."""
-        if prompt.phrase is None:
-            return prompt
-        return replace(prompt, phrase=None if self._adapter is None else self._adapter.known(prompt.phrase))
+        return replace(prompt, phrase=None) if self._adapter is None else self._adapter.understood(prompt)
 
     @property
     def encoding(self) -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model import text
-from model.text import MINILM, MiniLmEncoder, PhraseEncoder, Vocabulary, clean, load_phrase_encoder
+from model.text import MINILM, MiniLmEncoder, PhraseEncoder, Vocabulary, clean, load_phrase_encoder, names_part
 from model.types import MAX_PHRASE, Refusal
 from tests.conftest import ROOT, missing
 
@@ -275,3 +275,15 @@ def test_damaged_files_are_refused_with_the_command_that_mends_them(minilm, tmp_
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(Refusal, match=remedy):
         MiniLmEncoder(tmp_path).encode(["wheel"])
+
+
+@pytest.mark.parametrize(
+    "phrase", ["wheel", "Wheels", "the front left door", "handle of the cup", "feet", "dog's ears"]
+)
+def test_words_for_parts_are_known_as_such(phrase):
+    assert names_part(phrase)
+
+
+@pytest.mark.parametrize("phrase", ["car", "person", "", "🚲", "wheelbarrow", "qwertyuiop", "cup of the handle"])
+def test_other_words_are_not_taken_for_parts(phrase):
+    assert not names_part(phrase)
