@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import pickle
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -67,7 +66,7 @@ class TrainingConfig:
     rank: int = 8
     alpha: int = 16
     learning_rate: float = 1e-3  # of LoRA and tokens
-    head_learning_rate: float = 3e-4  # of heads and upscaling
+    head_learning_rate: float = 3e-4  # of what the base has already: heads, upscaling
     weight_decay: float = 1e-4
     warmup: int = 100  # steps
     clip: float = 1.0  # largest norm of a step's gradient
@@ -96,10 +95,10 @@ class Progress:
 
 def trainable_names(network: LadderDecoder, branch: str) -> list[str]:
     """Return the parameters beside LoRA that a branch trains."""
-    own = ("phrase_token.", "phrase_projection.", "phrase_mixing")
+    own = ("phrase_token.", "phrase_projection.", "phrase_leaning")
     if branch == PHRASE:
         return [name for name, _ in network.named_parameters() if name.startswith(own)]
-    frozen = (*own, "transformer.", "iou_token.")
+    frozen = (*own, "transformer.", "iou_token.", "mask_tokens.")
     return [name for name, _ in network.named_parameters() if not name.startswith(frozen) and "lora_" not in name]
 
 
@@ -187,6 +186,11 @@ def fine_tune(
     run.keep_average()
 
 
+def _is_pretrained(name: str) -> bool:
+    """Whether a parameter begins as the base has it, rather than at nothing."""
+    return "lora_" not in name and name.startswith(("heads.", "output_upscaling.", "transformer."))
+
+
 class _Run:
     """What changes while a training runs: weights, their average, the optimiser, and the source of randomness."""
 
@@ -195,8 +199,8 @@ class _Run:
         self.accelerator = accelerator
         self.rng = np.random.default_rng([config.seed, accelerator.process_index])
         self.named = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        fast = [p for n, p in self.named.items() if not n.startswith(("heads.", "output_upscaling."))]
-        slow = [p for n, p in self.named.items() if n.startswith(("heads.", "output_upscaling."))]
+        slow = [p for n, p in self.named.items() if _is_pretrained(n)]
+        fast = [p for n, p in self.named.items() if not _is_pretrained(n)]
         groups = [{"params": fast, "peak": config.learning_rate}, {"params": slow, "peak": config.head_learning_rate}]
         network.to(accelerator.device)
         optimiser = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=config.weight_decay)
@@ -243,7 +247,7 @@ class _Run:
         try:
             content = torch.load(path, weights_only=True, map_location=self.accelerator.device)
             recipe = content["recipe"]
-        except (OSError, EOFError, RuntimeError, TypeError, KeyError, pickle.UnpicklingError) as error:
+        except Exception as error:  # whatever torch's parser stumbles over
             said = str(error).partition("\n")[0]
             raise Refusal(f"checkpoint {path} cannot be read ({said}); delete it to begin anew") from error
         if recipe != json.dumps(asdict(self.config), sort_keys=True):

@@ -37,7 +37,10 @@ def propose(
     split: Annotated[str, typer.Option(help="Split to take, where the source names splits; all: every one.")] = "train",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same file.")] = 0,
     sources: Annotated[
-        str, typer.Option(help="Ways to find masks: agg (negative clicks), decoder, grid, trie (merged parts).")
+        str,
+        typer.Option(
+            help="Ways to find masks: agg (negative clicks), decoder, grid, trie (merged parts), points (anywhere)."
+        ),
     ] = "decoder,agg",
     per_object: Annotated[int, typer.Option(min=1, help="Masks kept of those found in each object.")] = 6,
     points_per_image: Annotated[int, typer.Option(min=1, help="Positive clicks in each photo, at most.")] = 4,

@@ -236,6 +236,67 @@ def _choose(
     return kept
 
 
+def free_chains(
+    segmenter: Segmenter,
+    encoded: Encoded,
+    rng: np.random.Generator,
+    points: int,
+    wholes: Sequence[Mask],
+    *,
+    least_score: float = 0.75,
+    least_of_image: float = 0.0008,
+    most_of_image: float = 0.9,
+    most_of_whole: float = 0.85,
+) -> list[list[Mask]]:
+    """Return what the decoder offers at random points, each a chain of masks within one another, small to large.
+
+    The largest of a chain stands for a whole. Chains whose whole is mostly a known one, or one found before, are left
+    out.
+
+    Args:
+        segmenter: the family that encoded the image.
+        encoded: the image.
+        rng: decides where is clicked.
+        points: clicks, anywhere in the image.
+        wholes: masks of whole objects that are known.
+        least_score: expected IoU below which a mask is not taken.
+        least_of_image: area below which a mask is a speck, fraction of the image.
+        most_of_image: area above which a whole is the background.
+        most_of_whole: a part that fills more of its whole, or agrees more with another part, is no part of its own.
+    """
+    chains: list[list[Mask]] = []
+    for x, y in rng.random((points, 2)) * (encoded.width, encoded.height):
+        prompt = Prompt(clicks=(Click(x=float(x), y=float(y), positive=True),))
+        offered = [
+            proposal.mask
+            for proposal in predict(segmenter, encoded, prompt, proposals=3).proposals
+            if proposal.score >= least_score
+            and proposal.mask[int(y), int(x)]
+            and np.count_nonzero(proposal.mask) >= least_of_image * proposal.mask.size
+        ]
+        if not offered:
+            continue
+        *parts, whole = sorted(offered, key=np.count_nonzero)
+        area = np.count_nonzero(whole)
+        if area > most_of_image * whole.size or any(
+            np.count_nonzero(whole & known) > 0.5 * area or iou(whole, known) > most_of_whole for known in wholes
+        ):
+            continue
+        if any(iou(whole, chain[-1]) > most_of_whole for chain in chains):
+            continue
+        chain: list[Mask] = []
+        for part in parts:
+            inside = part & whole
+            if (
+                np.count_nonzero(inside) >= 0.9 * np.count_nonzero(part)
+                and np.count_nonzero(inside) <= most_of_whole * area
+                and all(iou(inside, other) <= most_of_whole for other in chain)
+            ):
+                chain.append(inside)
+        chains.append([*chain, whole])
+    return chains
+
+
 def whole_image(
     segmenter: Segmenter,
     encoded: Encoded,

@@ -24,7 +24,7 @@ from pycocotools import mask as coco
 from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet, encode
 from model.embeddings import EmbeddingFolder
 from model.granularity import estimate
-from model.proposals import GeneratorOptions, Source, generate, whole_image
+from model.proposals import GeneratorOptions, Source, free_chains, generate, whole_image
 from model.segmenter import Encoded, Segmenter
 from model.trie import ORIGIN as TRIE
 from model.trie import merge_siblings
@@ -32,7 +32,7 @@ from model.types import Mask, Prompt, Refusal
 
 log = logging.getLogger(__name__)
 
-AnySource = Literal["agg", "decoder", "grid", "trie"]
+AnySource = Literal["agg", "decoder", "grid", "trie", "points"]
 SOURCES: tuple[AnySource, ...] = get_args(AnySource)
 
 
@@ -44,6 +44,7 @@ class RunOptions:
     generator: GeneratorOptions | None = field(default_factory=GeneratorOptions)  # None: no parts are looked for
     points_per_image: int = 4  # positive clicks of the generator; larger objects come first
     least_of_image: float = 0.01  # area below which an object has no parts worth finding
+    free_points: int = 0  # clicks anywhere in the photo, for things and parts that nobody annotated
     whole_grid: int = 6  # clicks along each side where an image has no masks, and its objects are found first
     seed: int = 0
 
@@ -77,11 +78,13 @@ def options_for(sources: Sequence[str], *, per_object: int, points_per_image: in
         raise Refusal(f"source {', '.join(unknown) or 'none'} is unknown; choose from {', '.join(SOURCES)}")
     if points_per_image < 1 or seed < 0:
         raise Refusal("points per image must be 1 or more, and the seed 0 or more")
-    asked = cast(tuple[Source, ...], tuple(source for source in SOURCES if source in sources and source != "trie"))
+    in_objects = [source for source in SOURCES if source in sources and source not in ("trie", "points")]
+    asked = cast(tuple[Source, ...], tuple(in_objects))
     return RunOptions(
         trie="trie" in sources,
         generator=GeneratorOptions(sources=asked, per_object=per_object) if asked else None,
         points_per_image=points_per_image,
+        free_points=2 * points_per_image if "points" in sources else 0,
         seed=seed,
     )
 
@@ -206,6 +209,13 @@ def _masks(
             there = [mask.mask() for mask in known.masks if known.whole(mask) is whole]
             for one in generate(segmenter, encoded, whole.mask(), rng, generator, known=there):
                 add(one.mask, origin=one.origin, granularity=_rounded(one.granularity), parent=whole.id)
+    if options.free_points:
+        taken = [mask.mask() for mask in masks if mask.parent_id is None]
+        for chain in free_chains(segmenter, encoded, rng, options.free_points, taken):
+            parent = add(chain[-1], origin="proposal-points", granularity=1.0, parent=None)
+            for part in chain[:-1]:
+                level = _rounded(estimate(segmenter, encoded, part, chain[-1]))
+                add(part, origin="proposal-points", granularity=level, parent=parent.id)
     return masks
 
 

@@ -1,9 +1,10 @@
 """The decoder that obeys a granularity and a phrase: one pass answers all ten levels, finest to whole.
 
-It is the base's mask decoder with other questions: instead of its four mask tokens it asks with ten level tokens (the
+It is the base's mask decoder with more questions: beside its four mask tokens it asks with ten level tokens (the
 granularity embeddings) and, where a phrase was given, with a phrase token; LoRA moves Q and V of its attention. Each
-level reads its mask from the same features, so that a whole ladder of masks costs one pass. Cells of the square that
-lie outside the photo are left out: they hold nothing, and cost as much as those inside.
+level chooses among the base's three masks, photo by photo, and adds something of its own; all read the same features,
+so that a whole ladder costs one pass. Cells of the square that lie outside the photo are left out: they hold nothing,
+and cost as much as those inside.
 
 Sources: GraCo (arXiv 2405.00587) for ten granularity embeddings and LoRA on Q and V, one branch for each control
 signal; Semantic-SAM (arXiv 2307.04767) for all granularities of one click at once; Segment Anything (2304.02643).
@@ -26,6 +27,7 @@ CELL = SIDE // GRID
 """Pixels of the square along one side of a cell of the embedding."""
 LOGITS_PER_CELL = 4
 """Rows and columns of logits that one cell of the embedding becomes."""
+_LEAST_SHARE = 0.02  # of each of the base's masks in an untrained level's, so that it can still grow
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +42,7 @@ class LadderDecoder(nn.Module):
     """Embedding and prompt vectors to a mask for each level asked for, and one for a phrase."""
 
     def __init__(self, base: MaskDecoder, phrase_width: int) -> None:
-        """Begin as `base` answers: levels 1, 5.5 and 10 are its three mask tokens, those between lie between.
+        """Begin as `base` answers: levels 1, 5.5 and 10 are its three masks, those between lie between.
 
         Args:
             base: the decoder to begin from; copied.
@@ -51,13 +53,17 @@ class LadderDecoder(nn.Module):
         mixing = _between(len(tokens))
         self.transformer = copy.deepcopy(base.transformer)
         self.iou_token = copy.deepcopy(base.iou_token)
+        self.mask_tokens = copy.deepcopy(base.mask_tokens)
         self.output_upscaling = copy.deepcopy(base.output_upscaling)
         self.heads = nn.ModuleList(copy.deepcopy(head) for head in list(base.output_hypernetworks_mlps)[1:])
         self.levels = _embedding(mixing @ tokens)  # the granularity embeddings, as tokens that ask
-        self.mixing = nn.Parameter(mixing.clone())  # how much of each head a level's mask takes
-        self.phrase_mixing = nn.Parameter(mixing.mean(0, keepdim=True))
+        self.leaning = nn.Parameter((mixing + _LEAST_SHARE).log())  # of each level to each of the base's masks
+        self.choice = _zero(nn.Linear(CHANNELS, len(tokens)))  # what a level's token adds to that
+        self.own_head = Mlp(CHANNELS, CHANNELS, CHANNELS, CHANNELS // 8)
+        _zero(self.own_head.layers[-1])
         self.score_head = Mlp(CHANNELS, CHANNELS, CHANNELS, 1)
         self.phrase_token = _embedding(tokens.mean(0, keepdim=True))
+        self.phrase_leaning = nn.Parameter(torch.zeros(1, len(tokens)))
         self.phrase_projection = nn.Linear(phrase_width, CHANNELS)
         nn.init.zeros_(self.phrase_projection.bias)
 
@@ -72,23 +78,33 @@ class LadderDecoder(nn.Module):
         """
         rows, columns = image.shape[-2:]
         asked: Tensor = self.levels.weight
-        mixing: Tensor = self.mixing
+        leaning: Tensor = self.leaning
         if phrase is not None:
-            asked, mixing = torch.cat([asked, self.phrase_token.weight]), torch.cat([mixing, self.phrase_mixing])
+            asked, leaning = torch.cat([asked, self.phrase_token.weight]), torch.cat([leaning, self.phrase_leaning])
             prompt = torch.cat([prompt, self.phrase_projection(phrase)[:, None]], dim=1)
-        outputs = torch.cat([self.iou_token.weight, asked]).expand(len(prompt), -1, -1)  # B, 1 + L, C
+        outputs = torch.cat([self.iou_token.weight, self.mask_tokens.weight, asked]).expand(len(prompt), -1, -1)
         tokens, seen = self.transformer(
             image.flatten(2).transpose(1, 2).contiguous(),
             image_pe.flatten(2).transpose(1, 2).contiguous(),
             torch.cat([outputs, prompt], dim=1),
         )
-        answers = tokens[:, 1 : 1 + len(asked)]  # B, L, C
+        first = 1 + len(self.mask_tokens.weight)
+        answers = tokens[:, first : first + len(asked)]  # B, L, C
+        # the mask of a level: a choice among the base's three masks, and what it adds of its own
+        offered = torch.stack([head(tokens[:, 2 + i]) for i, head in enumerate(self.heads)], dim=1)  # B, 3, 32
+        chosen = (leaning + self.choice(answers)).softmax(dim=-1)  # B, L, 3
+        weights = chosen @ offered + self.own_head(answers)  # B, L, 32
         cells_again = seen.transpose(1, 2).reshape(len(seen), CHANNELS, rows, columns)
         upscaled = self.output_upscaling(cells_again)  # B, 32, 4 * rows, 4 * columns
-        made = torch.stack([head(answers) for head in self.heads], dim=-1)  # B, L, 32, heads
-        weights = (made * mixing[:, None]).sum(-1)  # B, L, 32
         logits = (weights @ upscaled.flatten(2)).reshape(*weights.shape[:2], *upscaled.shape[-2:])
         return Ladder(logits, self.score_head(answers)[..., 0])
+
+
+def _zero(layer: nn.Module) -> nn.Linear:
+    assert isinstance(layer, nn.Linear)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _embedding(values: Tensor) -> nn.Embedding:

@@ -17,7 +17,7 @@ WIDTH = 384  # of a phrase's vector
 
 
 def write_random_adapter(path: Path, base: LightSegmenter, *, seed: int = 0) -> Path:
-    """Write an adapter of both branches that fits `base`; each value is off by a little from where a training begins."""
+    """Write an adapter of both branches that fits `base`; values are a little off where a training begins."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = LadderDecoder(base.mask_decoder, WIDTH)

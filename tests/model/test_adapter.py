@@ -315,7 +315,9 @@ def test_the_ladder_of_one_click_has_no_doubles_goes_from_small_to_large_and_say
         assert all(0 <= p.score <= 1 for p in found.proposals)
         assert found.best.score == max(p.score for p in found.proposals)
         for p in found.proposals:
-            np.testing.assert_array_equal(predict(adapted, strip, at(x, 80, granularity=p.granularity)).best.mask, p.mask)
+            np.testing.assert_array_equal(
+                predict(adapted, strip, at(x, 80, granularity=p.granularity)).best.mask, p.mask
+            )
 
 
 def test_a_phrase_with_a_level_is_answered_with_the_levels_mask_and_alone_with_its_own(adapted, strip):

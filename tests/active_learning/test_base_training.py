@@ -1,0 +1,298 @@
+"""The training of the shipped adapter, small: from a recipe to a file that a segmenter takes."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from active_learning import base_training
+from active_learning.__main__ import app
+from active_learning.base_training import Recipe, train_base
+from model.adapter import read_adapter
+from model.annotations import read_annotations
+from model.light.adapter import LEVEL, PHRASE, VOCABULARY
+from model.segmenter import load_segmenter, predict
+from model.types import Click, Granularity, Prompt, Refusal
+from tests.active_learning.drawn import strip, write_strip
+from tests.conftest import ROOT, WEIGHTS
+
+SHIPPED = ROOT / "active_learning" / "recipes" / "light-granularity.toml"
+RECIPE = """
+phrase_threshold = 0.58
+
+[[sets]]
+path = "strip"
+split = "train"
+views = 1
+named = true
+
+[proposals]
+sources = ["agg"]
+per_object = 3
+points_per_image = 2
+seed = 0
+
+[views]
+smallest = 0.8
+seed = 0
+
+[level]
+steps = 4
+clicks = 1
+most_clicks = 2
+rank = 4
+alpha = 8
+checkpoint_every = 2
+log_every = 1
+
+[phrase]
+steps = 3
+clicks = 2
+most_clicks = 1
+rank = 4
+alpha = 8
+checkpoint_every = 2
+log_every = 1
+"""
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a training early."""
+
+
+class Bars:
+    """Keeps what progress bars are told; ends the run at a step of one of them."""
+
+    def __init__(self, stop: tuple[str, int] | None = None) -> None:
+        self.told: dict[str, list[int]] = {}
+        self.stop = stop
+
+    def __call__(self, name, steps):
+        self.told[name] = []
+
+        def tell(done, said):
+            assert done <= steps
+            self.told[name].append(done)
+            if (name, done) == self.stop:
+                raise Stopped
+
+        return tell
+
+
+def read(folder: Path, text: str = RECIPE) -> Recipe:
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return Recipe.read(path, device="cpu", precision="no")
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    file = read_adapter(path)
+    lora = {f"{branch}.{name}": value for branch, state in file.lora.items() for name, value in state.items()}
+    return file.plain | lora
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.fixture(scope="module")
+def trained(segmenter, data, embeddings, tmp_path_factory):
+    """Return the output folder of an undisturbed run, and its bars."""
+    out, bars = tmp_path_factory.mktemp("out"), Bars()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train_base(read(out), segmenter, data, out, embeddings=embeddings, stage=bars)
+    torch.set_num_threads(threads)
+    return out, bars
+
+
+# --- the run ---
+
+
+def test_a_recipe_becomes_an_adapter_that_a_segmenter_takes_and_whose_card_says_what_it_is(trained, segmenter):
+    out, bars = trained
+    path = out / "light-granularity.safetensors"
+    assert bars.told["level branch"] == [1, 2, 3, 4]
+    assert bars.told["phrase branch"] == [1, 2, 3]
+    card = read_adapter(path, base=segmenter.digest).card
+    assert card["branches"] == [LEVEL, PHRASE]
+    assert card["vocabulary"] == ["ball", "door", "handle", "window"]
+    assert card["recipe"] == read(out).digest
+    assert [part["path"] for part in card["sets"]] == ["strip"]
+    adapted = load_segmenter("light", WEIGHTS, adapter=path, device="cpu", encoder="exact")
+    assert adapted.adapter.startswith("light-granularity-")
+    encoded = segmenter.encode(strip())
+    clicks = (Click(x=120, y=90, positive=True),)
+    level = predict(adapted, encoded, Prompt(clicks=clicks, granularity=Granularity(10)))
+    named = predict(adapted, encoded, Prompt(clicks=clicks, phrase="the door"))
+    assert level.adapter == named.adapter == adapted.adapter
+    assert np.count_nonzero(level.best.mask) > 0
+
+
+def test_pictures_and_tensorboards_files_are_left_for_both_branches(trained):
+    out, _ = trained
+    for branch, sheets in ((LEVEL, [2, 4]), (PHRASE, [2, 3])):
+        found = sorted((out / branch).glob("sheet-*.png"))
+        assert [path.name for path in found] == [f"sheet-{step:06}.png" for step in sheets]
+        with Image.open(found[-1]) as sheet:
+            assert sheet.width > 200
+        assert list((out / branch).glob("events.out.tfevents.*"))
+
+
+def test_phrases_are_learned_on_top_of_levels_without_a_change_to_them(trained):
+    out, _ = trained
+    level, both = (read_adapter(out / branch / "adapter.safetensors") for branch in (LEVEL, PHRASE))
+    assert (list(level.lora), list(both.lora)) == ([LEVEL], [LEVEL, PHRASE])
+    equal(level.lora[LEVEL], both.lora[LEVEL])
+    moved = {name for name, value in level.plain.items() if not torch.equal(value, both.plain[name])}
+    assert moved
+    assert all(name.startswith("phrase_") for name in moved)
+    assert VOCABULARY in both.plain
+
+
+def test_a_second_run_trains_nothing_and_gives_the_same_file(trained, segmenter, data, embeddings):
+    out, _ = trained
+    path = out / "light-granularity.safetensors"
+    before, bars = path.read_bytes(), Bars()
+    assert train_base(read(out), segmenter, data, out, embeddings=embeddings, stage=bars) == path
+    assert bars.told == {}
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("stop", [("level branch", 3), ("phrase branch", 1), ("phrase branch", 3)])
+def test_a_run_that_is_killed_goes_on_to_the_very_tensors_of_one_that_is_not(
+    trained, segmenter, data, embeddings, tmp_path, monkeypatch, stop
+):
+    monkeypatch.setattr(base_training, "_draw", lambda *_: None)
+    with pytest.raises(Stopped):
+        train_base(read(tmp_path), segmenter, data, tmp_path, embeddings=embeddings, stage=Bars(stop))
+    torch.manual_seed(99)  # another process draws from elsewhere
+    bars = Bars()
+    path = train_base(read(tmp_path), segmenter, data, tmp_path, embeddings=embeddings, stage=bars)
+    assert ("level branch" in bars.told) == (stop[0] == "level branch")
+    equal(tensors(path), tensors(trained[0] / "light-granularity.safetensors"))
+
+
+def test_proposals_are_made_once_and_get_their_share_of_the_lessons(segmenter, data, embeddings, tmp_path, monkeypatch):
+    monkeypatch.setattr(base_training, "_draw", lambda *_: None)
+    text = RECIPE.replace("views = 1", "proposals = 0.5")
+    recipe = read(tmp_path, text)
+    recipe = replace(recipe, level=replace(recipe.level, steps=1), phrase=replace(recipe.phrase, steps=1))
+    bars = Bars()
+    train_base(recipe, segmenter, data, tmp_path, embeddings=embeddings, stage=bars)
+    assert bars.told["proposals on strip"] == [1]
+    proposals = tmp_path / "proposals" / "strip.json"
+    (image,) = read_annotations(proposals, split="train").images
+    assert any(mask.origin.startswith("proposal") for mask in image.masks)
+    groups, named, _ = base_training._photos(recipe, segmenter, data, tmp_path, embeddings, Bars())
+    assert [share for share, _ in groups] == [1.0, 0.5]
+    assert {name for photo in named for name in photo.names} == {"door", "window", "handle", "ball"}
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("phrase_threshold = 0.58", "", "lacks 'phrase_threshold'"),
+        ("smallest = 0.8", "", "lacks 'smallest'"),
+        ("[level]", "[levels]", "lacks 'level'"),
+        ("rank = 4", "ranks = 4", "cannot set 'ranks'; it may set .*rank"),
+        ('split = "train"', 'spilt = "train"', "spilt"),
+        ("[level]", "[level", "not understood"),
+        ("steps = 4", 'steps = "4"', r"steps = '4' in \[level\]"),
+        ("steps = 3", "steps = 3.5", r"steps = 3.5 in \[phrase\]"),
+        ("steps = 4", "steps = 4\nclip = 'x'", r"clip = 'x' in \[level\]"),
+        ("smallest = 0.8", 'smallest = "all"', "not understood"),
+    ],
+)
+def test_a_recipe_that_is_wrong_is_refused_with_what_is_wrong(tmp_path, old, new, said):
+    assert old in RECIPE
+    with pytest.raises(Refusal, match=rf"recipe\.toml .*{said}"):
+        read(tmp_path, RECIPE.replace(old, new, 1))
+
+
+def test_a_recipe_that_is_missing_or_not_text_is_refused(tmp_path):
+    with pytest.raises(Refusal, match=r"none\.toml cannot be read"):
+        Recipe.read(tmp_path / "none.toml")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(Refusal, match=r"bytes\.toml is not understood"):
+        Recipe.read(tmp_path / "bytes.toml")
+
+
+def test_an_unknown_precision_is_refused_before_anything_is_done(tmp_path):
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    with pytest.raises(Refusal, match=r"precision 'fp8'.*give bf16, or no"):
+        Recipe.read(tmp_path / "recipe.toml", precision="fp8")
+
+
+def test_a_whole_number_will_do_where_a_fraction_may_stand(tmp_path):
+    assert read(tmp_path, RECIPE.replace("steps = 4", "steps = 4\nclip = 2")).level.clip == 2
+
+
+def test_a_set_that_is_not_there_is_refused_by_name(segmenter, tmp_path):
+    with pytest.raises(Refusal, match="strip"):
+        train_base(read(tmp_path), segmenter, tmp_path, tmp_path, embeddings=tmp_path, stage=Bars())
+
+
+def test_a_set_without_names_can_teach_no_phrase(segmenter, data, embeddings, tmp_path):
+    recipe = read(tmp_path, RECIPE.replace("named = true", "").replace("views = 1", ""))
+    with pytest.raises(Refusal, match="nothing to train phrases on"):
+        train_base(recipe, segmenter, data, tmp_path, embeddings=embeddings, stage=Bars())
+
+
+def test_a_nameless_mask_in_a_set_of_names_is_refused_before_anything_is_encoded(segmenter, tmp_path):
+    folder = write_strip(tmp_path / "data" / "strip")
+    content = json.loads((folder / "annotations.json").read_text())
+    content["categories"][1]["name"] = ""
+    (folder / "annotations.json").write_text(json.dumps(content))
+    with pytest.raises(Refusal, match=r"strip has named = true, but a mask of strip\.png has no name"):
+        train_base(read(tmp_path), segmenter, tmp_path / "data", tmp_path, embeddings=tmp_path, stage=Bars())
+
+
+# --- what ships ---
+
+
+def test_the_shipped_recipe_is_read_and_names_only_sets_that_companies_may_use():
+    recipe = Recipe.read(SHIPPED)
+    assert {part.path for part in recipe.sets} == {"ccp-person-clothing", "coco-mval", "coco128-seg"}
+    assert {part.split for part in recipe.sets} == {"train"}
+    assert (recipe.level.branch, recipe.phrase.branch) == (LEVEL, PHRASE)
+    assert (recipe.level.rank, recipe.level.alpha) == (recipe.phrase.rank, recipe.phrase.alpha)
+
+
+# --- the command ---
+
+
+def said_by(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(
+        app, ["train-base", *arguments], env={"COLUMNS": "400", "NO_COLOR": "1", "TERM": "dumb"}
+    )
+    return result.exit_code, re.sub(r"\s+", " ", result.output)
+
+
+def test_the_command_explains_itself():
+    code, said = said_by("--help")
+    assert code == 0
+    assert "a stopped run goes on" in said
+    for option in ("--config", "--data", "--out", "--embeddings", "--precision"):
+        assert option in said
+
+
+def test_the_command_ends_with_two_and_a_sentence_on_a_wrong_recipe(tmp_path):
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("rank = 4", "ranks = 4", 1))
+    code, said = said_by("--config", str(tmp_path / "recipe.toml"))
+    assert code == 2
+    assert "a recipe cannot set 'ranks'" in said
+    code, said = said_by("--config", str(tmp_path / "none.toml"))
+    assert code == 2
+    assert "cannot be read" in said

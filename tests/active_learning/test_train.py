@@ -1,0 +1,256 @@
+"""The training loop: on one drawn photo, a few steps."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from active_learning.dataset import EmbeddingFiles, Sampler
+from active_learning.train import (
+    TrainingConfig,
+    branch_state,
+    fine_tune,
+    plain_state,
+    prepare,
+    restore_branch,
+    seeded,
+    trainable_names,
+)
+from model.adapter import switch_on
+from model.light.adapter import LEVEL, PHRASE
+from model.light.ladder import LadderDecoder
+from model.light.network import CHANNELS
+from model.types import Refusal
+
+WIDTH = 5  # of a phrase's vector
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a training early."""
+
+
+def config(**changes) -> TrainingConfig:
+    usual = {"steps": 5, "clicks": 1, "most_clicks": 2, "warmup": 2, "checkpoint_every": 2, "log_every": 1}
+    return TrainingConfig(**(usual | {"rank": 4, "alpha": 8, "precision": "no", "device": "cpu"} | changes))
+
+
+def phrases(names):
+    """Return a vector of each name."""
+    order = ["door", "window", "handle", "ball"]
+    return torch.eye(WIDTH)[[order.index(name) for name in names]]
+
+
+@pytest.fixture
+def fresh(segmenter):
+    """Make networks that are the same each time."""
+
+    def make(*branches):
+        with seeded(0):
+            network = LadderDecoder(segmenter.mask_decoder, WIDTH)
+        for branch in branches:
+            prepare(network, config(branch=branch))
+        return network
+
+    return make
+
+
+@pytest.fixture
+def teach(segmenter, photo, embeddings):
+    """Train a network on the drawn photo."""
+
+    def run(network, folder, recipe, **more):
+        drawn = Sampler(
+            [(1.0, [photo])],
+            level_power=recipe.level_power,
+            kind_weights=recipe.kind_weights,
+            central=recipe.central,
+        )
+        files = EmbeddingFiles(embeddings, segmenter)
+        fine_tune(recipe, network, segmenter.prompt_encoder, drawn, files, folder, phrases=phrases, **more)
+        return network
+
+    return run
+
+
+def stop_at(step):
+    def report(progress):
+        if progress.step == step:
+            raise Stopped
+
+    return report
+
+
+def equal(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def answers(network, branches, phrase=None):
+    """Return what a network answers to drawn vectors with these branches on."""
+    switch_on(network.transformer, branches)
+    draw = torch.Generator().manual_seed(5)
+    image, position = (torch.randn(1, CHANNELS, 4, 6, generator=draw) for _ in range(2))
+    with torch.no_grad():
+        ladder = network(image, position, torch.randn(1, 2, CHANNELS, generator=draw), phrase)
+    return ladder.logits, ladder.scores
+
+
+# --- resume ---
+
+
+@pytest.mark.parametrize("branch", [LEVEL, PHRASE])
+def test_a_training_that_was_stopped_goes_on_to_the_very_weights_of_one_that_was_not(fresh, teach, tmp_path, branch):
+    branches = [LEVEL] if branch == LEVEL else [LEVEL, PHRASE]
+    recipe = config(branch=branch)
+    at_once = teach(fresh(*branches), tmp_path / "one", recipe)
+    with pytest.raises(Stopped):
+        teach(fresh(*branches), tmp_path / "two", recipe, report=stop_at(3))
+    steps = []
+    resumed = teach(fresh(*branches), tmp_path / "two", recipe, report=lambda progress: steps.append(progress.step))
+    assert steps == [3, 4, 5], "the checkpoint of step 2 was gone on from"
+    equal(at_once.state_dict(), resumed.state_dict())
+
+
+def test_a_training_that_is_done_only_puts_its_weights_back(fresh, teach, tmp_path):
+    recipe = config(steps=2)
+    first = teach(fresh(LEVEL), tmp_path, recipe)
+    steps = []
+    again = teach(fresh(LEVEL), tmp_path, recipe, report=lambda progress: steps.append(progress.step))
+    assert steps == []
+    equal(first.state_dict(), again.state_dict())
+
+
+def test_the_checkpoint_of_another_recipe_is_refused(fresh, teach, tmp_path):
+    teach(fresh(LEVEL), tmp_path, config(steps=1))
+    with pytest.raises(Refusal, match=r"checkpoint\.pt belongs to another recipe; name another output folder"):
+        teach(fresh(LEVEL), tmp_path, config(steps=1, growth=0.25))
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_with_the_remedy(fresh, teach, tmp_path):
+    teach(fresh(LEVEL), tmp_path, config(steps=1))
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"rubbish", whole[:40]):
+        path.write_bytes(content)
+        with pytest.raises(Refusal, match=r"checkpoint\.pt cannot be read .*; delete it to begin anew"):
+            teach(fresh(LEVEL), tmp_path, config(steps=1))
+    for content in ([1, 2], {"weights": {}}):
+        torch.save(content, path)
+        with pytest.raises(Refusal, match=r"checkpoint\.pt cannot be read"):
+            teach(fresh(LEVEL), tmp_path, config(steps=1))
+
+
+def test_at_each_checkpoint_the_network_shows_its_average_and_then_trains_on(fresh, teach, tmp_path):
+    shown = {}
+
+    def look(step, network):
+        shown[step] = network.levels.weight.detach().clone()
+
+    network = teach(fresh(LEVEL), tmp_path, config(), each_checkpoint=look)
+    assert list(shown) == [2, 4, 5]
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert torch.equal(shown[5], kept["average"]["levels.weight"])
+    assert torch.equal(network.levels.weight, shown[5])
+    assert not torch.equal(kept["weights"]["levels.weight"], shown[5])
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(shown.values()))
+    alone = teach(fresh(LEVEL), tmp_path / "alone", config())
+    equal(network.state_dict(), alone.state_dict())
+
+
+# --- what moves ---
+
+
+def test_a_branch_moves_its_own_tensors_and_no_other(fresh, teach, tmp_path):
+    network = fresh(LEVEL)
+    for branch in (LEVEL, PHRASE):
+        if branch == PHRASE:
+            prepare(network, config(branch=PHRASE))
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        teach(network, tmp_path / branch, config(branch=branch))
+        moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+        own = set(trainable_names(network, branch)) | {n for n in before if "lora_" in n and f".{branch}." in n}
+        assert moved == own
+    assert all(bool(plain) for plain in (trainable_names(network, LEVEL), trainable_names(network, PHRASE)))
+
+
+def test_the_base_is_left_as_it_was(segmenter, fresh, teach, tmp_path):
+    parts = segmenter.mask_decoder, segmenter.prompt_encoder
+    before = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]
+    teach(fresh(LEVEL), tmp_path, config(steps=2))
+    for part, state in zip(parts, before, strict=True):
+        equal(dict(part.state_dict()), state)
+        assert not any(p.requires_grad or p.grad is not None for p in part.parameters())
+
+
+def test_learning_phrases_leaves_the_answers_to_levels_alone_as_they_were(fresh, teach, tmp_path):
+    network = teach(fresh(LEVEL), tmp_path / LEVEL, config(steps=2))
+    levels, scores = answers(network, [LEVEL])
+    prepare(network, config(branch=PHRASE))
+    before, _ = answers(network, [LEVEL, PHRASE], phrases(["door"]))
+    teach(network, tmp_path / PHRASE, config(branch=PHRASE, steps=3))
+    again, scores_again = answers(network, [LEVEL])
+    assert torch.equal(again, levels)
+    assert torch.equal(scores_again, scores)
+    after, _ = answers(network, [LEVEL, PHRASE], phrases(["door"]))
+    assert not torch.equal(after, before)
+
+
+def test_the_seed_decides_where_lora_and_phrases_begin_and_nothing_else_is_drawn_from(segmenter, fresh):
+    torch.manual_seed(1)
+    one = fresh(LEVEL, PHRASE).state_dict()
+    following = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), following)
+    equal(one, fresh(LEVEL, PHRASE).state_dict())
+    with seeded(0):
+        other = LadderDecoder(segmenter.mask_decoder, WIDTH)
+    prepare(other, config(branch=LEVEL, seed=1))
+    assert any(not torch.equal(value, one[name]) for name, value in other.state_dict().items() if "lora_A" in name)
+
+
+def test_what_is_saved_of_a_network_can_be_put_into_another(fresh, teach, tmp_path):
+    network = teach(fresh(LEVEL), tmp_path, config(steps=2))
+    other = fresh(LEVEL)
+    other.load_state_dict(plain_state(network), strict=False)
+    restore_branch(other, LEVEL, branch_state(network, LEVEL))
+    equal(network.state_dict(), other.state_dict())
+
+
+# --- learning ---
+
+
+@pytest.mark.parametrize("branch", [LEVEL, PHRASE])
+def test_a_few_steps_on_one_photo_lower_the_loss(fresh, teach, tmp_path, branch):
+    losses, figures = [], {}
+
+    def report(progress):
+        assert progress.steps == 30
+        losses.append(progress.figures["loss"])
+        figures.update(progress.figures)
+
+    recipe = config(branch=branch, steps=30, clicks=2, most_clicks=1, boxed=0.0, checkpoint_every=30)
+    teach(fresh(*([LEVEL] if branch == LEVEL else [LEVEL, PHRASE])), tmp_path, recipe, report=report)
+    assert len(losses) == 30
+    assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5]), losses
+    assert {"loss", "IoU after 1", "gradient", "clicks a second"} <= figures.keys()
+    assert all(np.isfinite(value) for value in figures.values())
+    assert 0 <= figures["IoU after 1"] <= 1
+
+
+def test_lessons_that_begin_with_boxes_are_learned_from_too(fresh, teach, tmp_path):
+    told = []
+    recipe = config(steps=4, boxed=1.0, most_clicks=3, go_on=1.0, clicks=2)
+    teach(fresh(LEVEL), tmp_path, recipe, report=told.append)
+    assert [progress.step for progress in told] == [1, 2, 3, 4]
+    assert any("IoU after 3" in progress.figures for progress in told)
+    assert all(np.isfinite(progress.figures["loss"]) for progress in told)
+
+
+def test_tensorboards_file_holds_the_losses_and_progress_is_told_every_few_steps(fresh, teach, tmp_path):
+    told = []
+    teach(fresh(LEVEL), tmp_path, config(steps=5, log_every=2), report=told.append)
+    assert [progress.step for progress in told] == [2, 4, 5]
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    assert b"level/loss" in events.read_bytes()
