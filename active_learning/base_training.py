@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, TrainingPhoto, View, photos_of
@@ -43,6 +44,8 @@ from model.types import Refusal
 log = logging.getLogger(__name__)
 
 _SHEET_ROWS = 8
+
+Group = tuple[float, list[TrainingPhoto]]  # share of the lessons, photos
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +138,12 @@ def train_base(
     Raises:
         Refusal: a set is missing or damaged, or a checkpoint belongs to another recipe.
     """
-    groups, named, sheet = _photos(recipe, segmenter, data, out, embeddings, stage)
     files = EmbeddingFiles(embeddings, segmenter)
-    _encode(files, [photo for _, photos in groups for photo in photos], stage)
-    vocabulary = _vocabulary(named, recipe.phrase_threshold)
+    state = PartialState(cpu=recipe.level.device == "cpu")
+    with state.main_process_first():  # of several processes, the first prepares everything and the others find it
+        groups, named, sheet = _photos(recipe, segmenter, data, out, embeddings, stage)
+        _encode(files, [photo for _, photos in groups for photo in photos], stage)
+    vocabulary = _vocabulary([photo for _, photos in named for photo in photos], recipe.phrase_threshold)
     with seeded(recipe.level.seed):
         network = LadderDecoder(segmenter.mask_decoder, vocabulary.vectors.shape[1])
     card: dict[str, Any] = {
@@ -155,6 +160,8 @@ def train_base(
     branches: list[str] = []
 
     def save(path: Path) -> None:
+        if not state.is_main_process:
+            return
         lora = {branch: branch_state(network, branch) for branch in branches}
         write_adapter(path, card=card, plain=plain_state(network) | {VOCABULARY: vocabulary.vectors}, lora=lora)
 
@@ -162,25 +169,16 @@ def train_base(
         matches = [vocabulary.match(name) for name in names]
         return torch.stack([match.vector for match in matches if match is not None])
 
-    for config, lessons in ((recipe.level, groups), (recipe.phrase, [(1.0, named)])):
-        folder = out / config.branch
-        branches.append(config.branch)
-        prepare(network, config)
-        done = folder / "adapter.safetensors"
-        if done.is_file():
-            found = read_adapter(done, base=segmenter.digest)
-            network.load_state_dict({k: v for k, v in found.plain.items() if k != VOCABULARY}, strict=False)
-            restore_branch(network, config.branch, found.lora[config.branch])
-            continue
+    def train(config: TrainingConfig, lessons: Sequence[Group], folder: Path) -> None:
         sampler = Sampler(
             lessons, level_power=config.level_power, kind_weights=config.kind_weights, central=config.central
         )
         bar = stage(f"{config.branch} branch", config.steps)
 
-        def report(progress: Progress, bar: Callable[[int, str], None] = bar) -> None:
+        def report(progress: Progress) -> None:
             bar(progress.step, ", ".join(f"{name} {value:.3g}" for name, value in progress.figures.items()))
 
-        def look(step: int, _: LadderDecoder, folder: Path = folder, files: EmbeddingFiles = files) -> None:
+        def look(step: int, _: LadderDecoder) -> None:
             save(folder / "latest.safetensors")
             _draw(folder / f"sheet-{step:06}.png", segmenter, folder / "latest.safetensors", sheet, files)
 
@@ -195,7 +193,19 @@ def train_base(
             report=report,
             each_checkpoint=look,
         )
-        save(done)
+
+    for config, lessons in ((recipe.level, groups), (recipe.phrase, named)):
+        folder = out / config.branch
+        branches.append(config.branch)
+        prepare(network, config)
+        done = folder / "adapter.safetensors"
+        if not done.is_file():
+            train(config, lessons, folder)
+            save(done)
+        state.wait_for_everyone()
+        found = read_adapter(done, base=segmenter.digest)  # as kept: a run that goes on from here does not differ
+        network.load_state_dict({k: v for k, v in found.plain.items() if k != VOCABULARY}, strict=False)
+        restore_branch(network, config.branch, found.lora[config.branch])
     path = out / "light-granularity.safetensors"
     save(path)
     return path
@@ -208,10 +218,10 @@ def _photos(
     out: Path,
     embeddings: Path,
     stage: Callable[[str, int], Callable[[int, str], None]],
-) -> tuple[list[tuple[float, list[TrainingPhoto]]], list[TrainingPhoto], list[TrainingPhoto]]:
-    """Return photos by group with their shares, the photos with names, and those drawn on the sheet."""
-    groups: list[tuple[float, list[TrainingPhoto]]] = []
-    named: list[TrainingPhoto] = []
+) -> tuple[list[Group], list[Group], list[TrainingPhoto]]:
+    """Return photos by group with their shares, the groups with names among them, and photos for the sheet."""
+    groups: list[Group] = []
+    named: list[Group] = []
     sheet: list[TrainingPhoto] = []
     for part in recipe.sets:
 
@@ -229,7 +239,7 @@ def _photos(
                     f"{part.path} has named = true, but a mask of {nameless[0].image.path.name} has no name; "
                     "give every mask one, or set named = false"
                 )
-            named += photos
+            named.append((part.share, photos))
         if part.proposals:
             path = out / "proposals" / f"{part.path}.json"
             if not path.is_file():

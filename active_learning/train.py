@@ -1,8 +1,9 @@
 """The training of a granularity adapter: one loop, from lessons to an adapter file.
 
 The encoder and the decoder's own weights stay as they are; what is learned are the level tokens, LoRA on Q and V of the
-decoder's attention, and the small heads that make masks of tokens. Each step shows one photo a few clicks, corrects
-the answers by up to two more clicks placed on the network's own errors, and counts every pass.
+decoder's attention, the layers that work on its tokens alone, and the small heads that make masks of them. Each step
+shows one photo a few clicks, corrects the answers by up to two more clicks placed on the network's own errors, and
+counts every pass. Several processes each take a photo a step and share what they learn (accelerate).
 
 Sources: GraCo (arXiv 2405.00587) for granularity-controllable learning; RITM (arXiv 2102.06583) for iterative clicks,
 the previous mask fed back, and the normalised focal loss.
@@ -25,6 +26,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -48,6 +50,9 @@ from model.types import Click, Mask, Refusal
 
 log = logging.getLogger(__name__)
 
+_ON_TOKENS = (
+    ".mlp."  # of the transformer, what works on the few tokens alone: cheap to train, and it decides what is asked
+)
 Indices = npt.NDArray[np.int64]
 _LOGIT_PIXELS = SIDE // (GRID * LOGITS_PER_CELL)  # of the square, along one side of a logit
 
@@ -98,8 +103,12 @@ def trainable_names(network: LadderDecoder, branch: str) -> list[str]:
     own = ("phrase_token.", "phrase_projection.", "phrase_leaning")
     if branch == PHRASE:
         return [name for name, _ in network.named_parameters() if name.startswith(own)]
-    frozen = (*own, "transformer.", "iou_token.", "mask_tokens.")
-    return [name for name, _ in network.named_parameters() if not name.startswith(frozen) and "lora_" not in name]
+    frozen = (*own, "iou_token.", "mask_tokens.")
+    return [
+        name
+        for name, _ in network.named_parameters()
+        if not name.startswith(frozen) and "lora_" not in name and (_ON_TOKENS in name or "transformer." not in name)
+    ]
 
 
 @contextmanager
@@ -155,7 +164,7 @@ def fine_tune(
     prompts, position = prompts.to(accelerator.device), prompts.grid_position().to(accelerator.device)
     branches = [LEVEL] if config.branch == LEVEL else [LEVEL, PHRASE]
     switch_on(network.transformer, branches)
-    board = SummaryWriter(str(folder), purge_step=start)
+    board = SummaryWriter(str(folder), purge_step=start) if accelerator.is_main_process else None
     sums: dict[str, list[float]] = defaultdict(list)
     began = time.monotonic()
     for step in range(start, config.steps):
@@ -174,15 +183,18 @@ def fine_tune(
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
             means = {name: float(np.mean(values)) for name, values in sums.items()}
             means["clicks a second"] = (step + 1 - start) * config.clicks / (time.monotonic() - began)
-            for name, value in means.items():
-                board.add_scalar(f"{config.branch}/{name}", value, step + 1)
-            report(Progress(step + 1, config.steps, means))
             sums.clear()
+            if board is not None:
+                for name, value in means.items():
+                    board.add_scalar(f"{config.branch}/{name}", value, step + 1)
+                report(Progress(step + 1, config.steps, means))
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             run.save(folder / "checkpoint.pt", step + 1)
-            with run.averaged():
-                each_checkpoint(step + 1, network)
-    board.close()
+            if board is not None:
+                with run.averaged():
+                    each_checkpoint(step + 1, network)
+    if board is not None:
+        board.close()
     run.keep_average()
 
 
@@ -224,12 +236,13 @@ class _Run:
 
     def save(self, path: Path, step: int) -> None:
         """Write everything a later run needs to go on exactly; the file appears whole or not at all."""
+        states = gather_object([json.dumps(self.rng.bit_generator.state)])  # of each process
         if not self.accelerator.is_main_process:
             return
         content = {
             "step": step,
             "recipe": json.dumps(asdict(self.config), sort_keys=True),
-            "rng": json.dumps(self.rng.bit_generator.state),
+            "rng": states,
             "torch_rng": torch.get_rng_state(),
             "weights": {name: p.detach().cpu() for name, p in self.named.items()},
             "average": {name: value.cpu() for name, value in self.average.items()},
@@ -257,7 +270,7 @@ class _Run:
                 parameter.copy_(content["weights"][name])
                 self.average[name].copy_(content["average"][name])
         self.optimiser.load_state_dict(content["optimiser"])
-        self.rng.bit_generator.state = json.loads(content["rng"])
+        self.rng.bit_generator.state = json.loads(content["rng"][self.accelerator.process_index])
         torch.set_rng_state(content["torch_rng"].cpu())
         log.info("going on from step %d of %s", content["step"], path)
         return int(content["step"])

@@ -28,6 +28,7 @@ from model.types import Refusal
 TARGETS = ("q_proj", "v_proj")
 _LORA, _PLAIN = "lora", "plain"  # first part of a tensor's name in the file
 _FORMAT = 1
+_SMALL = 10_000  # values of a tensor up to which it is kept in fp32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +105,7 @@ def load_lora(network: nn.Module, branch: str, tensors: dict[str, Tensor]) -> No
 def write_adapter(
     path: Path, *, card: dict[str, Any], plain: dict[str, Tensor], lora: dict[str, dict[str, Tensor]]
 ) -> None:
-    """Write an adapter file; it appears whole or not at all.
+    """Write an adapter file; it appears whole or not at all. Large plain tensors are kept in fp16, all else in fp32.
 
     Args:
         path: the file to write.
@@ -118,7 +119,9 @@ def write_adapter(
     card = card | {"format": _FORMAT, "branches": sorted(lora)}
     draft = path.with_name(f".{path.name}.draft")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft, {"card": json.dumps(card)})
+    halved = {k for k, v in tensors.items() if k.startswith(f"{_PLAIN}.") and v.ndim > 1 and v.numel() > _SMALL}
+    compact = {k: v.detach().cpu().half() if k in halved else v.detach().cpu() for k, v in tensors.items()}
+    save_file({k: v.contiguous() for k, v in compact.items()}, draft, {"card": json.dumps(card)})
     draft.chmod(0o644)  # safetensors writes for its owner alone
     draft.replace(path)
 

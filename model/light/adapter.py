@@ -23,6 +23,7 @@ LEVEL, PHRASE = "level", "phrase"
 """Branches: LoRA of the level signal, and that of the phrase signal, which is on together with it."""
 PART = Granularity(2)
 """What a word for a part asks for; chosen among 0.1 .. 0.5 on car parts (docs/experiments.md)."""
+_OF_BASE = ("transformer.", "iou_token.", "mask_tokens.")  # what stays as the base has it, sums aside
 VOCABULARY = "vocabulary"
 """Name of the tensor that holds the vectors of known names."""
 
@@ -97,7 +98,7 @@ def _decoder(found: AdapterFile, base: MaskDecoder, width: int, branches: list[s
     unknown = found.plain.keys() - state.keys() - {VOCABULARY}
     if unknown:
         raise Refusal(f"the adapter holds {sorted(unknown)[0]}, which the ladder decoder has not")
-    lacking = {name for name in state if not name.startswith(("transformer.", "iou_token."))} - found.plain.keys()
+    lacking = {name for name in state if not name.startswith(_OF_BASE)} - found.plain.keys()
     if lacking:
         raise Refusal(f"the adapter lacks {sorted(lacking)[0]}, without which the ladder decoder is untrained")
     ladder.load_state_dict({k: v for k, v in found.plain.items() if k != VOCABULARY}, strict=False)

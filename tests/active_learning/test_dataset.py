@@ -144,7 +144,7 @@ def test_a_share_is_shared_out_between_the_two_nearest_levels(share):
 # --- lessons ---
 
 
-@pytest.mark.parametrize("parent", [1, None], ids=["window of the door", "window of its own, seen in the door"])
+@pytest.mark.parametrize("parent", [1, 4], ids=["window of the door", "window of the ball, seen in the door"])
 def test_every_click_lies_in_its_mask_and_all_it_teaches_holds_the_click_and_is_of_the_same_whole(tmp_path, parent):
     (photo,) = photos_of(read_annotations(write_strip(tmp_path / "set", window={"parent_id": parent})))
     drawn, rng = sampler(photo), np.random.default_rng(0)
