@@ -7,6 +7,7 @@ level branch, the phrase branch. A run that was stopped goes on where it was.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import tomllib
 from collections.abc import Callable, Sequence
@@ -71,7 +72,7 @@ class Recipe:
     smallest_view: float
     view_seed: int
     phrase_threshold: float
-    digest: str  # of the file
+    digest: str  # of all it says
 
     @classmethod
     def read(cls, path: Path, **overrides: Any) -> Recipe:
@@ -81,8 +82,7 @@ class Recipe:
             Refusal: it cannot be read, or names something that is not there.
         """
         try:
-            data = path.read_bytes()
-            content = tomllib.loads(data.decode())
+            content = tomllib.loads(path.read_text())
             return cls(
                 sets=tuple(SetPart(**part) for part in content["sets"]),
                 level=_config(content["level"], LEVEL, overrides),
@@ -91,7 +91,7 @@ class Recipe:
                 smallest_view=float(content["views"]["smallest"]),
                 view_seed=int(content["views"]["seed"]),
                 phrase_threshold=float(content["phrase_threshold"]),
-                digest=hashlib.sha256(data).hexdigest(),
+                digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
             )
         except OSError as error:
             raise Refusal(f"recipe {path} cannot be read: {error}") from error
@@ -204,6 +204,8 @@ def train_base(
             save(done)
         state.wait_for_everyone()
         found = read_adapter(done, base=segmenter.digest)  # as kept: a run that goes on from here does not differ
+        if found.card.get("recipe") != recipe.digest:
+            raise Refusal(f"{done} was trained by another recipe; name another output folder, or delete it")
         network.load_state_dict({k: v for k, v in found.plain.items() if k != VOCABULARY}, strict=False)
         restore_branch(network, config.branch, found.lora[config.branch])
     path = out / "light-granularity.safetensors"

@@ -265,7 +265,7 @@ class Sampler:
         """Return a lesson of `clicks` first clicks on one photo."""
         group = self._groups[rng.choice(len(self._groups), p=self._shares)]
         photo, weights = group[rng.integers(len(group))]
-        again = len(weights) < clicks  # else no mask is clicked twice
+        again = np.count_nonzero(weights) < clicks  # else no mask is clicked twice
         primaries = rng.choice(len(weights), size=clicks, replace=again, p=weights / weights.sum()).astype(np.int64)
         masks = photo.masks()
         places = np.stack([_place(rng, masks[i], central=rng.random() < self._central) for i in primaries])

@@ -11,6 +11,7 @@ the previous mask fed back, and the normalised focal loss.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -161,7 +162,8 @@ def fine_tune(
     accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
     run = _Run(config, network, accelerator)
     start = run.resume(folder / "checkpoint.pt")
-    prompts, position = prompts.to(accelerator.device), prompts.grid_position().to(accelerator.device)
+    prompts = copy.deepcopy(prompts).to(accelerator.device)  # the segmenter's own may be in use elsewhere
+    position = prompts.grid_position()
     branches = [LEVEL] if config.branch == LEVEL else [LEVEL, PHRASE]
     switch_on(network.transformer, branches)
     board = SummaryWriter(str(folder), purge_step=start) if accelerator.is_main_process else None

@@ -105,6 +105,8 @@ def _decoder(found: AdapterFile, base: MaskDecoder, width: int, branches: list[s
     weights = dict(ladder.transformer.named_parameters())
     with torch.no_grad():
         for name, delta in found.deltas(branches).items():
+            if weights[name].shape != delta.shape:
+                raise Refusal(f"the adapter's {name} has shape {tuple(delta.shape)}, not {tuple(weights[name].shape)}")
             weights[name].add_(delta)
     return ladder.eval().requires_grad_(False)
 

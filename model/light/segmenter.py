@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +38,11 @@ from model.light.network import (
 from model.light.weights import MASK_DECODER, PROMPT_ENCODER, load_part
 from model.metrics import iou
 from model.segmenter import Device, Encoded, EncoderChoice, digest_of, read_weights
-from model.types import Click, Granularity, Prediction, Prompt, Proposal, Refusal, RGBImage
+from model.types import Click, Granularity, Mask, Prediction, Prompt, Proposal, Refusal, RGBImage
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _DECODING = threading.Lock()  # passes side by side on the same cores take longer each and gain nothing
 _MEAN = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1)
@@ -79,15 +82,21 @@ class LadderState:
         """Return the place of the mask that answers `prompt`: its level's, else the phrase's."""
         return LEVELS if prompt.granularity is None else prompt.granularity.level - 1
 
-    def ladder(self, fit: Fit, at_most: int) -> list[int]:
-        """Return the levels (0 .. 9) whose masks differ, of those alike the one with the best score, small to large."""
+    def ladder(self, fit: Fit) -> list[int]:
+        """Return the levels (0 .. 9) whose masks differ, best score first; of those alike the best stands for all."""
         height, width = _filled(fit, self.logits.shape[1])
         masks = self.logits[:LEVELS, :height, :width] > 0
-        kept: list[int] = []
-        for level in sorted(range(LEVELS), key=lambda level: -self.scores[level]):
-            if masks[level].any() and all(iou(masks[level], masks[other]) <= _SAME for other in kept):
-                kept.append(level)
-        return sorted(kept[:at_most], key=lambda level: int(np.count_nonzero(masks[level])))
+        by_score = sorted(range(LEVELS), key=lambda level: -self.scores[level])
+        return _different([(level, masks[level]) for level in by_score])
+
+
+def _different(masks: Iterable[tuple[T, Mask]]) -> list[T]:
+    """Return what belongs to the masks that are not empty and like none before them."""
+    kept: list[tuple[T, Mask]] = []
+    for key, mask in masks:
+        if mask.any() and all(iou(mask, other) <= _SAME for _, other in kept):
+            kept.append((key, mask))
+    return [key for key, _ in kept]
 
 
 def rank_of(granularity: Granularity) -> int:
@@ -267,9 +276,10 @@ class LightSegmenter:
         """Return the chosen mask; with no level perhaps several: a ladder small to large, or the base's, best first."""
         fit = Fit(encoded.height, encoded.width, SIDE)
         tokens: dict[int, Granularity | None]
+        whole_ladder = isinstance(state, LadderState) and prompt.granularity is None and prompt.phrase is None
         if isinstance(state, LadderState):
-            if prompt.granularity is None and prompt.phrase is None:
-                tokens = {level: Granularity(level + 1) for level in state.ladder(fit, proposals)}
+            if whole_ladder:
+                tokens = {level: Granularity(level + 1) for level in state.ladder(fit) or [LEVELS - 1]}
             else:
                 tokens = {state.token(prompt): prompt.granularity}
         else:
@@ -279,15 +289,19 @@ class LightSegmenter:
                 levels = dict(zip(state.by_area, _RANK_LEVELS, strict=True))
                 ranked = sorted(_MULTI, key=lambda token: -state.scores[token])
                 tokens = {token: levels[token] for token in ranked[:proposals]}
+        found = [
+            Proposal(
+                mask=fit.paste_back(np.asarray(state.logits[token], np.float32)) > 0,
+                score=state.scores[token],
+                granularity=granularity,
+            )
+            for token, granularity in tokens.items()
+        ]
+        if whole_ladder:  # masks of a few logits may be alike at the image's size only
+            found = _different([(proposal, proposal.mask) for proposal in found])[:proposals] or found[:1]
+            found.sort(key=lambda proposal: int(np.count_nonzero(proposal.mask)))
         return Prediction(
-            proposals=tuple(
-                Proposal(
-                    mask=fit.paste_back(np.asarray(state.logits[token], np.float32)) > 0,
-                    score=state.scores[token],
-                    granularity=granularity,
-                )
-                for token, granularity in tokens.items()
-            ),
+            proposals=tuple(found),
             adapter=self.adapter if isinstance(state, LadderState) else None,
         )
 

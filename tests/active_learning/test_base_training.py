@@ -194,7 +194,12 @@ def test_proposals_are_made_once_and_get_their_share_of_the_lessons(segmenter, d
     assert any(mask.origin.startswith("proposal") for mask in image.masks)
     groups, named, _ = base_training._photos(recipe, segmenter, data, tmp_path, embeddings, Bars())
     assert [share for share, _ in groups] == [1.0, 0.5]
-    assert {name for photo in named for name in photo.names} == {"door", "window", "handle", "ball"}
+    assert {name for _, photos in named for photo in photos for name in photo.names} == {
+        "door",
+        "window",
+        "handle",
+        "ball",
+    }
 
 
 # --- refusals ---
