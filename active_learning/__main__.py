@@ -40,7 +40,7 @@ def train_base_command(
     device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
     encoder: Annotated[EncoderChoice, typer.Option(help="How photos are encoded.")] = "auto",
     compiled: Annotated[Path, typer.Option(help="Folder of the compiled encoder.")] = Path("~/.cache/graco"),
-    precision: Annotated[str, typer.Option(help="bf16, or no: fp32.")] = "bf16",
+    precision: Annotated[str | None, typer.Option(help="bf16, or no: fp32; else what the recipe says.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: one per core.")] = 0,
 ) -> None:
     """Train the granularity adapter that ships, from the sets and settings of a recipe; a stopped run goes on."""
@@ -50,7 +50,8 @@ def train_base_command(
         torch.set_num_threads(threads)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
-        recipe = Recipe.read(config, device=device, precision=precision)
+        overrides = {"device": device} if precision is None else {"device": device, "precision": precision}
+        recipe = Recipe.read(config, **overrides)
         segmenter: Any = load_segmenter(
             "light", weights, device=device, encoder=encoder, threads=threads, compiled=compiled.expanduser()
         )

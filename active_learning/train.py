@@ -267,6 +267,8 @@ class _Run:
             raise Refusal(f"checkpoint {path} cannot be read ({said}); delete it to begin anew") from error
         if recipe != json.dumps(asdict(self.config), sort_keys=True):
             raise Refusal(f"{path} belongs to another recipe; name another output folder, or delete it")
+        if len(content["rng"]) != self.accelerator.num_processes:
+            raise Refusal(f"{path} was written by {len(content['rng'])} processes; go on with as many, or delete it")
         with torch.no_grad():
             for name, parameter in self.named.items():
                 parameter.copy_(content["weights"][name])

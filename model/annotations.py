@@ -13,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -180,7 +182,8 @@ def read_annotations(source: Path, *, kind: Source = "auto", split: str | None =
 
             - `shared`: a folder with `annotations.json` and `images/`, as ../shared/data has them;
             - `coco`: a JSON file; its photos lie beside it, in `images/`, in the folder that the end of its name gives
-              (`annotations/instances_val2017.json`: `val2017/`), or where its `info.images_root` says;
+              (`annotations/instances_val2017.json`: `val2017/` or `images/val2017/`), or where its `info.images_root`
+              says;
             - `partimagenet`: such a file whose categories are parts and name their whole as supercategory;
             - `sbd`: a folder with `inst/*.mat` and `img/` (Semantic Boundaries Dataset);
             - `pascalpart`: a folder with `Annotations_Part/*.mat`, and `JPEGImages/` in it or beside it;
@@ -241,11 +244,9 @@ def _read_coco(path: Path) -> AnnotationSet:
     sizes: dict[int, tuple[int, int]] = {}
     shots = _objects(content, "images", path, ("id", "file_name", "height", "width"))
     for shot in shots:
-        if not all(isinstance(shot[side], int) and shot[side] > 0 for side in ("height", "width")):
-            raise Refusal(f"{path}: image {shot['id']} has no size; its height and width must be whole pixels")
         if shot["id"] in sizes:
             raise Refusal(f"{path}: two images have the id {shot['id']}; ids must differ")
-        sizes[shot["id"]] = shot["height"], shot["width"]
+        sizes[shot["id"]] = _sides(shot, f"{path}: image {shot['id']}")
         masks[shot["id"]] = []
     dropped: Counter[str] = Counter()
     seen: set[int] = set()
@@ -282,16 +283,19 @@ def _read_coco(path: Path) -> AnnotationSet:
 
 def _annotated(note: dict[str, Any], names: dict[Any, str], rle: Rle, area: int, where: str) -> AnnotatedMask:
     level, granularity, parent = note.get("level", "object"), note.get("granularity"), note.get("parent_id")
+    category = note.get("category_id")
     if level not in _LEVELS:
         raise Refusal(f"{where} has level {level!r}; it must be one of {', '.join(_LEVELS)}")
     if granularity is not None and not (isinstance(granularity, int | float) and 0 <= granularity <= 1):
         raise Refusal(f"{where} has granularity {granularity!r}; it must be a number in 0..1")
     if not (parent is None or isinstance(parent, int)):
         raise Refusal(f"{where} has parent_id {parent!r}; it must be the id of an annotation, or null")
+    if not (category is None or isinstance(category, int)):
+        raise Refusal(f"{where} has category_id {category!r}; it must be the id of a category, or null")
     return AnnotatedMask(
         id=note["id"],
         image_id=note["image_id"],
-        name=names.get(note.get("category_id"), ""),
+        name=names.get(category, ""),
         level=level,
         parent_id=parent,
         origin=str(note.get("origin", "human")),
@@ -351,14 +355,24 @@ def _roots(path: Path, info: dict[str, Any]) -> list[Path]:
     ending = path.stem.rpartition("_")[2]
     folder = path.parent
     roots = [folder / stated] if isinstance(stated, str) else []
-    return [*roots, folder, folder / "images", folder / ending, folder.parent / ending, folder.parent / "images"]
+    roots += [folder, folder / "images", folder / ending, folder.parent / ending]
+    return [*roots, folder.parent / "images", folder.parent / "images" / ending]
 
 
 def _licence(content: dict[str, Any], info: dict[str, Any]) -> str:
     if info.get("license"):
         return str(info["license"])
     listed = content.get("licenses")
-    return "; ".join(str(one["name"]) for one in listed or [] if isinstance(one, dict) and "name" in one)
+    listed = listed if isinstance(listed, list) else []
+    return "; ".join(str(one["name"]) for one in listed if isinstance(one, dict) and "name" in one)
+
+
+def _sides(shot: dict[str, Any], where: str) -> tuple[int, int]:
+    """Return height and width of an image as a JSON file states them; run lengths hold 32 bits."""
+    height, width = shot["height"], shot["width"]
+    if not all(isinstance(side, int) and side > 0 for side in (height, width)) or height * width >= 1 << 32:
+        raise Refusal(f"{where} has no size; its height and width must be whole pixels, fewer than 2^32 in all")
+    return height, width
 
 
 def _checked(segmentation: object, height: int, width: int, where: str) -> Rle:
@@ -376,7 +390,7 @@ def _checked(segmentation: object, height: int, width: int, where: str) -> Rle:
         if not all(isinstance(run, int) and run >= 0 for run in counts) or sum(counts) != height * width:
             raise Refusal(f"{where} has run lengths that do not add up to the {height * width} pixels of its image")
         return _compact(coco.frPyObjects({"size": size, "counts": counts}, height, width))
-    data = counts.encode("ascii", "replace") if isinstance(counts, str) else b"?"
+    data = counts.encode() if isinstance(counts, str) and counts.isascii() else b""
     if not _fills(data, height * width):
         raise Refusal(f"{where} has run lengths that do not add up to the {height * width} pixels of its image")
     return {"size": [height, width], "counts": data}
@@ -506,9 +520,10 @@ def _read_sa1b(source: Path) -> AnnotationSet:
         if not (isinstance(shot, dict) and {"file_name", "height", "width"} <= shot.keys()):
             raise Refusal(f"{path} names no image; a file of SA-1B holds `image` with file_name, height and width")
         photo = _find(str(shot["file_name"]), [source], str(path))
+        height, width = _sides(shot, f"{path}: its image")
         masks: list[AnnotatedMask] = []
         for note in _objects(content, "annotations", path, ("id", "segmentation")):
-            rle = _checked(note["segmentation"], shot["height"], shot["width"], f"{path}: annotation {note['id']}")
+            rle = _checked(note["segmentation"], height, width, f"{path}: annotation {note['id']}")
             area = int(coco.area(rle))
             if area == 0:
                 dropped["empty masks"] += 1
@@ -530,8 +545,8 @@ def _read_sa1b(source: Path) -> AnnotationSet:
             AnnotatedImage(
                 id=len(images) + 1,
                 path=photo,
-                height=shot["height"],
-                width=shot["width"],
+                height=height,
+                width=width,
                 split=None,
                 masks=_nested(masks),
             )
@@ -684,7 +699,7 @@ def _read_mat(path: Path, name: str) -> Any:
         return loadmat(str(path), simplify_cells=True)[name]
     except KeyError as error:
         raise Refusal(f"{path} has no variable {name}; check --kind") from error
-    except (OSError, ValueError, TypeError, NotImplementedError, MatReadError, struct.error) as error:
+    except (OSError, ValueError, TypeError, NotImplementedError, MatReadError, struct.error, zlib.error) as error:
         raise Refusal(
             f"{path} is not a MATLAB file that can be read ({error}); copy it again from its source"
         ) from error
@@ -712,7 +727,7 @@ def _any_case(suffixes: Iterable[str]) -> list[str]:
 
 def _find(file_name: str, roots: Sequence[Path], where: str) -> Path:
     for root in roots:
-        if (root / file_name).is_file():
+        if os.path.isfile(root / file_name):  # false, too, for what can be no name of a file
             return root / file_name
     looked = ", ".join(map(str, dict.fromkeys(roots)))
     raise Refusal(f"{where}: photo {file_name} is missing; looked in {looked}")

@@ -9,7 +9,6 @@ from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
 
 from model.types import Mask
 
@@ -111,6 +110,8 @@ def iou_at_all_granularities(ious: FloatArray) -> float:
     """
     if ious.ndim != 2 or not ious.shape[1]:
         raise ValueError(f"expected IoU of shape (proposals, truths) with at least one truth, got shape {ious.shape}")
+    from scipy.optimize import linear_sum_assignment  # slow to load, and no serving process needs it
+
     rows, columns = linear_sum_assignment(ious, maximize=True)
     return float(ious[rows, columns].sum() / ious.shape[1])
 

@@ -225,7 +225,10 @@ def _rounded(granularity: float) -> float:
 
 def _key(image: AnnotatedImage, digest: str, options: RunOptions, model: str) -> str:
     """Return a digest of all that an image's proposals depend on."""
-    masks = [(m.id, m.parent_id, m.name, m.segmentation["counts"].decode()) for m in image.masks]
+    masks = [
+        (m.id, m.parent_id, m.name, m.level, m.origin, m.granularity, m.support, m.segmentation["counts"].decode())
+        for m in image.masks
+    ]
     content = json.dumps([asdict(options), model, digest, masks], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 

@@ -58,6 +58,14 @@ def test_commands_that_need_no_model_do_not_load_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_what_serves_clicks_loads_no_library_of_the_commands():
+    code = (
+        "import sys, ml_backend.app, ml_backend.service, model.light.segmenter;"
+        "sys.exit(bool({'peft', 'scipy', 'pycocotools', 'matplotlib', 'accelerate', 'tensorboard'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_every_setting_is_documented():
     text = (ROOT / "docs" / "settings.md").read_text()
     for name, field in Settings.model_fields.items():

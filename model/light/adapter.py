@@ -16,7 +16,7 @@ from model.adapter import AdapterFile, read_adapter
 from model.light.ladder import Ladder, LadderDecoder
 from model.light.network import MaskDecoder
 from model.segmenter import digest_of, read_weights
-from model.text import Vocabulary, load_phrase_encoder, names_part
+from model.text import Vocabulary, clean, load_phrase_encoder, names_part
 from model.types import Granularity, Prompt, Refusal
 
 LEVEL, PHRASE = "level", "phrase"
@@ -41,12 +41,13 @@ class LadderAdapter:
         """Return `prompt` with its phrase as a name that was trained, or without.
 
         A word for a part of something ("wheel") that is no such name is taken as what it says of granularity: the level
-        `PART`, unless the prompt has one. Any other phrase that is no name and near none is left out.
+        `PART`, unless the prompt has one; words before a name ("red traffic light") leave it that name. Any other
+        phrase that is no name and near none is left out.
         """
         if prompt.phrase is None:
             return prompt
         match = None if self.vocabulary is None else self.vocabulary.match(prompt.phrase)
-        if names_part(prompt.phrase) and (match is None or match.cosine < 1):
+        if names_part(prompt.phrase) and (match is None or not _ends_with(prompt.phrase, match.name)):
             return replace(prompt, phrase=None, granularity=prompt.granularity or PART)
         return replace(prompt, phrase=None if match is None else match.name)
 
@@ -61,6 +62,11 @@ class LadderAdapter:
             raise ValueError(f"{phrase!r} is no name that adapter {self.id} knows")
         ladder = self.phrase(image, position, points, match.vector.to(image.device)[None])
         return ladder
+
+
+def _ends_with(phrase: str, name: str) -> bool:
+    cleaned = clean(phrase) or ""
+    return any(f" {words}".endswith(f" {name}") for words in (cleaned, f"{cleaned}s", cleaned.removesuffix("s")))
 
 
 def load_ladder(path: Path, base: MaskDecoder, digest: str, device: torch.device) -> LadderAdapter:

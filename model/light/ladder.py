@@ -74,14 +74,15 @@ class LadderDecoder(nn.Module):
             image: embedding with the previous mask added, B, 256, rows, columns: the cells of the photo only.
             image_pe: positions of those cells, 1, 256, rows, columns.
             prompt: vectors of points and box corners, B, N, 256.
-            phrase: embeddings of phrases, B, phrase_width.
+            phrase: embeddings of phrases, of unit length, B, phrase_width.
         """
         rows, columns = image.shape[-2:]
         asked: Tensor = self.levels.weight
         leaning: Tensor = self.leaning
         if phrase is not None:
             asked, leaning = torch.cat([asked, self.phrase_token.weight]), torch.cat([leaning, self.phrase_leaning])
-            prompt = torch.cat([prompt, self.phrase_projection(phrase)[:, None]], dim=1)
+            scaled = phrase * phrase.shape[-1] ** 0.5  # from unit length to unit variance
+            prompt = torch.cat([prompt, self.phrase_projection(scaled)[:, None]], dim=1)
         outputs = torch.cat([self.iou_token.weight, self.mask_tokens.weight, asked]).expand(len(prompt), -1, -1)
         tokens, seen = self.transformer(
             image.flatten(2).transpose(1, 2).contiguous(),

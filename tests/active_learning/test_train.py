@@ -128,6 +128,14 @@ def test_the_checkpoint_of_another_recipe_is_refused(fresh, teach, tmp_path):
         teach(fresh(LEVEL), tmp_path, config(steps=1, growth=0.25))
 
 
+def test_the_checkpoint_of_another_number_of_processes_is_refused(fresh, teach, tmp_path):
+    teach(fresh(LEVEL), tmp_path, config(steps=1))
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save(content | {"rng": content["rng"] * 2}, tmp_path / "checkpoint.pt")
+    with pytest.raises(Refusal, match=r"checkpoint\.pt was written by 2 processes; go on with as many"):
+        teach(fresh(LEVEL), tmp_path, config(steps=1))
+
+
 def test_a_damaged_checkpoint_is_refused_by_name_with_the_remedy(fresh, teach, tmp_path):
     teach(fresh(LEVEL), tmp_path, config(steps=1))
     path = tmp_path / "checkpoint.pt"

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.adapter import attach, load_lora, lora_state, read_adapter, switch_on, write_adapter
-from model.light.adapter import LEVEL, PHRASE
+from model.light.adapter import LEVEL, PART, PHRASE, LadderAdapter
 from model.light.network import CHANNELS, TwoWayTransformer
 from model.light.segmenter import LightSegmenter
 from model.metrics import iou
 from model.segmenter import predict, probability
+from model.text import Vocabulary, load_phrase_encoder
 from model.types import Box, Click, Granularity, Prompt, Refusal
 from tests.model.random_adapter import NAMES, write_random_adapter
 
@@ -362,6 +363,17 @@ def test_the_probability_is_over_a_half_exactly_where_the_mask_is(adapted, strip
         found = probability(adapted, strip, prompt)
         assert (found.shape, found.dtype) == (mask.shape, np.float32)
         np.testing.assert_array_equal(found > 0.5, mask)
+
+
+def test_a_word_for_a_part_asks_for_a_level_but_words_before_a_known_name_leave_it_that_name(adapted):
+    known = Vocabulary(["traffic light", "top", "heels"], load_phrase_encoder())
+    adapter = LadderAdapter("drawn", adapted._adapter.level, None, known)
+    for phrase, name in (("red traffic light", "traffic light"), ("tank top", "top"), ("high heel", "heels")):
+        assert adapter.understood(at(1, 1, phrase=phrase)) == at(1, 1, phrase=name)
+    for phrase in ("wheel", "street light"):
+        assert adapter.understood(at(1, 1, phrase=phrase)) == at(1, 1, granularity=PART)
+        own = at(1, 1, granularity=Granularity(7))
+        assert adapter.understood(at(1, 1, phrase=phrase, granularity=own.granularity)) == own
 
 
 def test_an_adapter_for_levels_alone_knows_no_phrase(segmenter, adapter, adapted, strip, tmp_path):

@@ -128,6 +128,7 @@ def test_empty_masks_and_crowds_are_left_out_and_counted(write, caplog):
         {"size": [HEIGHT, WIDTH], "counts": "oooooooooooo1"},
         {"size": [HEIGHT, WIDTH], "counts": ""},
         {"size": [HEIGHT, WIDTH], "counts": "häh"},
+        {"size": [HEIGHT, WIDTH], "counts": "Yb0é"},  # 585 pixels, and 15 if the last sign were read as "?"
         {"size": [HEIGHT, WIDTH], "counts": 5},
         {"size": [HEIGHT, WIDTH], "counts": [10, 10]},
         {"size": [HEIGHT, WIDTH], "counts": [700, -100]},
@@ -155,6 +156,7 @@ def test_a_mask_that_does_not_fit_its_image_is_refused_by_file_and_id(write, seg
         {"granularity": float("nan")},
         {"granularity": "coarse"},
         {"parent_id": "1"},
+        {"category_id": [1]},
         {"image_id": 9},
         {"id": 7},
     ],
@@ -172,6 +174,20 @@ def test_a_corrupt_annotation_file_is_refused_by_name(write, text):
     (folder / "annotations.json").write_text(text)
     with pytest.raises(Refusal, match=r"annotations\.json"):
         read_annotations(folder)
+
+
+@pytest.mark.parametrize("fields", [{"height": 0}, {"width": "30"}, {"height": 1 << 16, "width": 1 << 16}], ids=str)
+def test_an_image_whose_size_is_none_is_refused_by_file_and_id(write, fields):
+    image = {"id": 1, "file_name": "a.jpg", "height": HEIGHT, "width": WIDTH} | fields
+    with pytest.raises(Refusal, match=r"annotations\.json: image 1 has no size"):
+        read_annotations(write(images=[image]))
+
+
+def test_a_file_name_that_is_none_is_refused_and_licences_that_are_none_are_left_out(write):
+    image = {"id": 1, "file_name": "a" * 5000, "height": HEIGHT, "width": WIDTH}
+    with pytest.raises(Refusal, match="is missing"):
+        read_annotations(write(images=[image]))
+    assert read_annotations(write(info={}, licenses=5)).licence == ""
 
 
 def test_missing_files_are_refused_by_name(write, tmp_path):
@@ -251,6 +267,18 @@ def test_sbd_is_read(tmp_path):
     car, screen = only(found)
     assert (car.name, screen.name, car.level, found.images[0].split) == ("car", "tv monitor", "object", "val")
     np.testing.assert_array_equal(screen.mask(), box(10, 10, 20, 20))
+
+
+def test_a_matlab_file_that_was_damaged_is_refused_by_name(tmp_path):
+    photo(tmp_path / "img" / "a.jpg")
+    (tmp_path / "inst").mkdir()
+    path = tmp_path / "inst" / "a.mat"
+    savemat(path, {"GTinst": {"Segmentation": box(0, 0, 9, 9), "Categories": 7}}, do_compression=True)
+    whole = path.read_bytes()
+    for damaged in (whole[:-20], whole[:200] + b"?" + whole[201:], b"not MATLAB's"):
+        path.write_bytes(damaged)
+        with pytest.raises(Refusal, match=r"a\.mat is not a MATLAB file"):
+            read_annotations(tmp_path)
 
 
 def test_pascal_part_is_read_whether_an_object_has_no_part_or_several(tmp_path):
