@@ -14,13 +14,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from active_learning.base_training import Recipe, train_base
-from model.segmenter import Device, EncoderChoice, load_segmenter
+from model.segmenter import BUNDLED, Device, EncoderChoice, load_segmenter
 from model.types import Refusal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 _HERE = Path(__file__).resolve().parent
-_WEIGHTS = _HERE.parent / "model" / "weights" / "light.safetensors"
 
 
 @app.callback()
@@ -36,7 +35,7 @@ def train_base_command(
     data: Annotated[Path, typer.Option(help="Folder that holds the recipe's sets.")] = Path("../shared/data"),
     out: Annotated[Path, typer.Option(help="Folder of checkpoints, sheets and the adapter.")] = Path("data/training"),
     embeddings: Annotated[Path, typer.Option(help="Folder of encoded photos.")] = Path("data/embeddings"),
-    weights: Annotated[Path, typer.Option(help="Base weights.")] = _WEIGHTS,
+    weights: Annotated[Path, typer.Option(help="Base weights.")] = BUNDLED,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
     encoder: Annotated[EncoderChoice, typer.Option(help="How photos are encoded.")] = "auto",
     compiled: Annotated[Path, typer.Option(help="Folder of the compiled encoder.")] = Path("~/.cache/graco"),

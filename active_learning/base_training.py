@@ -38,7 +38,7 @@ from model.evaluation.report import draw_sheet
 from model.light.adapter import LEVEL, PHRASE, VOCABULARY
 from model.light.ladder import LadderDecoder
 from model.light.segmenter import LightSegmenter
-from model.propose import options_for, propose
+from model.propose import RunOptions, options_for, propose
 from model.text import Vocabulary, load_phrase_encoder
 from model.types import Refusal
 
@@ -68,7 +68,7 @@ class Recipe:
     sets: tuple[SetPart, ...]
     level: TrainingConfig
     phrase: TrainingConfig
-    proposals: dict[str, Any]
+    proposals: RunOptions
     smallest_view: float
     view_seed: int
     phrase_threshold: float
@@ -87,7 +87,7 @@ class Recipe:
                 sets=tuple(SetPart(**part) for part in content["sets"]),
                 level=_config(content["level"], LEVEL, overrides),
                 phrase=_config(content["phrase"], PHRASE, overrides),
-                proposals=dict(content["proposals"]),
+                proposals=_options(content["proposals"]),
                 smallest_view=float(content["views"]["smallest"]),
                 view_seed=int(content["views"]["seed"]),
                 phrase_threshold=float(content["phrase_threshold"]),
@@ -99,6 +99,13 @@ class Recipe:
             raise Refusal(f"recipe {path} lacks {error}; see active_learning/recipes for a complete one") from error
         except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
             raise Refusal(f"recipe {path} is not understood: {error}") from error
+
+
+def _options(values: dict[str, Any]) -> RunOptions:
+    known = {"sources", "per_object", "points_per_image", "seed"}
+    if values.keys() != known:
+        raise Refusal(f"[proposals] must set {', '.join(sorted(known))} and nothing else, not {', '.join(values)}")
+    return options_for(values["sources"], **{name: values[name] for name in known - {"sources"}})
 
 
 def _config(values: dict[str, Any], branch: str, overrides: dict[str, Any]) -> TrainingConfig:
@@ -189,6 +196,7 @@ def train_base(
             sampler,
             files,
             folder,
+            recipe=recipe.digest,
             phrases=vectors_of,
             report=report,
             each_checkpoint=look,
@@ -243,7 +251,8 @@ def _photos(
                 )
             named.append((part.share, photos))
         if part.proposals:
-            path = out / "proposals" / f"{part.path}.json"
+            key = hashlib.sha256(f"{part} {recipe.proposals}".encode()).hexdigest()[:8]
+            path = out / "proposals" / f"{part.path}-{key}.json"
             if not path.is_file():
                 bar = stage(f"proposals on {part.path}", len(found.images))
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,10 +260,7 @@ def _photos(
                     found,
                     segmenter,
                     path,
-                    options_for(
-                        recipe.proposals["sources"],
-                        **{k: v for k, v in recipe.proposals.items() if k != "sources"},
-                    ),
+                    recipe.proposals,
                     embeddings=embeddings,
                     report=lambda p, bar=bar: bar(p.done, f"{p.passes_per_second:.0f} passes a second"),  # type: ignore[misc]
                 )

@@ -243,23 +243,26 @@ class Sampler:
                     counts[soft_levels(float(share))[0][0]] += 1
         rarity = (counts.sum() / np.maximum(counts, 1)) ** level_power
         self._central = central
-        self._shares = np.array([share for share, _ in groups])
-        self._shares /= self._shares.sum()
-        self._groups = [
-            [
-                (
-                    photo,
-                    np.array(
-                        [
-                            rarity[soft_levels(float(share))[0][0]] * kind_weights.get(kind, 1.0)
-                            for share, kind in zip(photo.shares, photo.kinds, strict=True)
-                        ]
-                    ),
+        weighted = []
+        for share, photos in groups:
+            group = []
+            for photo in photos:
+                levels = [soft_levels(float(place))[0][0] for place in photo.shares]
+                weights = np.array(
+                    [
+                        rarity[level] * kind_weights.get(kind, 1.0)
+                        for level, kind in zip(levels, photo.kinds, strict=True)
+                    ]
                 )
-                for photo in photos
-            ]
-            for _, photos in groups
-        ]
+                if weights.sum() > 0:
+                    group.append((photo, weights))
+            if group:
+                weighted.append((share, group))
+        if not weighted:
+            raise Refusal("every mask has weight 0; raise a kind's weight above 0")
+        self._groups = [group for _, group in weighted]
+        self._shares = np.array([share for share, _ in weighted])
+        self._shares /= self._shares.sum()
 
     def draw(self, rng: np.random.Generator, clicks: int) -> Lesson:
         """Return a lesson of `clicks` first clicks on one photo."""

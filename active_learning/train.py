@@ -139,6 +139,7 @@ def fine_tune(
     embeddings: EmbeddingFiles,
     folder: Path,
     *,
+    recipe: str = "",
     phrases: Callable[[list[str]], Tensor] | None = None,
     report: Callable[[Progress], None] = lambda _: None,
     each_checkpoint: Callable[[int, LadderDecoder], None] = lambda *_: None,
@@ -152,6 +153,7 @@ def fine_tune(
         sampler: where lessons come from.
         embeddings: of the sampler's photos.
         folder: gets `checkpoint.pt` and TensorBoard's files; a checkpoint that is there is gone on from.
+        recipe: names what decides the lessons beside `config`; a checkpoint of another one is refused.
         phrases: names to embeddings N, width; needed for the phrase branch.
         report: called after every `log_every` steps.
         each_checkpoint: called after each checkpoint with the averaged weights in `network`.
@@ -160,7 +162,7 @@ def fine_tune(
         Refusal: the checkpoint is damaged, or belongs to another recipe.
     """
     accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
-    run = _Run(config, network, accelerator)
+    run = _Run(config, network, accelerator, recipe)
     start = run.resume(folder / "checkpoint.pt")
     prompts = copy.deepcopy(prompts).to(accelerator.device)  # the segmenter's own may be in use elsewhere
     position = prompts.grid_position()
@@ -208,8 +210,9 @@ def _is_pretrained(name: str) -> bool:
 class _Run:
     """What changes while a training runs: weights, their average, the optimiser, and the source of randomness."""
 
-    def __init__(self, config: TrainingConfig, network: LadderDecoder, accelerator: Accelerator) -> None:
+    def __init__(self, config: TrainingConfig, network: LadderDecoder, accelerator: Accelerator, recipe: str) -> None:
         self.config = config
+        self.recipe = json.dumps([recipe, asdict(config)], sort_keys=True)
         self.accelerator = accelerator
         self.rng = np.random.default_rng([config.seed, accelerator.process_index])
         self.named = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -243,7 +246,7 @@ class _Run:
             return
         content = {
             "step": step,
-            "recipe": json.dumps(asdict(self.config), sort_keys=True),
+            "recipe": self.recipe,
             "rng": states,
             "torch_rng": torch.get_rng_state(),
             "weights": {name: p.detach().cpu() for name, p in self.named.items()},
@@ -265,7 +268,7 @@ class _Run:
         except Exception as error:  # whatever torch's parser stumbles over
             said = str(error).partition("\n")[0]
             raise Refusal(f"checkpoint {path} cannot be read ({said}); delete it to begin anew") from error
-        if recipe != json.dumps(asdict(self.config), sort_keys=True):
+        if recipe != self.recipe:
             raise Refusal(f"{path} belongs to another recipe; name another output folder, or delete it")
         if len(content["rng"]) != self.accelerator.num_processes:
             raise Refusal(f"{path} was written by {len(content['rng'])} processes; go on with as many, or delete it")

@@ -26,6 +26,8 @@ from ml_backend.images import ImageInfo, ImageSource, TaskImage
 from ml_backend.settings import Settings
 from model.proposals import whole_image
 from model.segmenter import (
+    BUNDLED,
+    BUNDLED_ADAPTER,
     Encoded,
     Segmenter,
     State,
@@ -39,9 +41,9 @@ from model.types import Prediction, Prompt, Proposal, Refusal
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "model" / "weights" / "light.safetensors"
+WEIGHTS = BUNDLED
 FAMILY = "light"
-ADAPTER = WEIGHTS.with_name(f"{FAMILY}-granularity.safetensors")
+ADAPTER = BUNDLED_ADAPTER
 _STATES = 48  # earlier steps kept, 1 MiB each
 _WARM_QUEUE = 64  # images waiting to be encoded in the background
 _LOAD_LIMIT_S = 90  # Label Studio gives up a prediction after 100 s

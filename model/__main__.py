@@ -18,10 +18,8 @@ from model.annotations import Source, read_annotations
 from model.evaluation.command import evaluate
 from model.propose import Progress, options_for
 from model.propose import propose as run
-from model.segmenter import EncoderChoice, load_segmenter
+from model.segmenter import BUNDLED, EncoderChoice, load_segmenter
 from model.types import Refusal
-
-WEIGHTS = Path(__file__).parent / "weights" / "light.safetensors"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command()(evaluate)
@@ -44,7 +42,7 @@ def propose(
     ] = "decoder,agg",
     per_object: Annotated[int, typer.Option(min=1, help="Masks kept of those found in each object.")] = 6,
     points_per_image: Annotated[int, typer.Option(min=1, help="Positive clicks in each photo, at most.")] = 4,
-    weights: Annotated[Path, typer.Option(help="Base weights.")] = WEIGHTS,
+    weights: Annotated[Path, typer.Option(help="Base weights.")] = BUNDLED,
     adapter: Annotated[Path | None, typer.Option(help="Adapter file; without it the base weights answer.")] = None,
     encoder: Annotated[
         EncoderChoice, typer.Option(help="fast is compiled for this CPU, exact is torch fp32.")

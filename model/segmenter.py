@@ -17,6 +17,11 @@ from torch import Tensor
 from model.geometry import FloatMap
 from model.types import Granularity, Prediction, Prompt, Refusal, RGBImage
 
+BUNDLED = Path(__file__).resolve().parent / "weights" / "light.safetensors"
+"""Base weights that ship with the code, of the family `light`."""
+BUNDLED_ADAPTER = BUNDLED.with_name("light-granularity.safetensors")
+"""The granularity adapter that ships with them."""
+
 Device = Literal["auto", "cpu", "cuda"]
 EncoderChoice = Literal["auto", "fast", "exact"]
 State = Any  # belongs to the family

@@ -38,6 +38,8 @@ THRESHOLD = 0.58
 _ARTICLES = {"the", "a", "an", "my"}
 _UNWRITTEN = {"'", "’", "ʼ", *map(chr, range(0xFE00, 0xFE10))}  # apostrophes; selectors of an emoji's looks
 _SIDES = {"left": "left", "right": "right", "front": "front", "back": "back", "rear": "back"}
+_PEOPLE = "man woman men women boy girl child children kid kids guy lady people pedestrian human adult".split()  # noqa: SIM905
+_ALIASES = dict.fromkeys(_PEOPLE, "person")  # words as common as these shall not hang on a cosine
 _OPPOSITE = {"left": "right", "right": "left", "front": "back", "back": "front"}
 _ONE_AT_A_TIME = Lock()
 _REMEMBERED = 4096  # phrases whose vectors an encoder holds: 6 MB
@@ -193,6 +195,7 @@ class Vocabulary:
         if cleaned is None:
             return None
         for written in (cleaned, f"{cleaned}s", cleaned.removesuffix("s")):
+            written = _ALIASES.get(written, written)
             if written in self._rows:
                 return self._match(self._rows[written], 1.0)
         opposite = {_OPPOSITE[side] for side in _sides(cleaned)}
@@ -201,7 +204,11 @@ class Vocabulary:
             return None
         cosines = self.vectors[allowed] @ self._encoder.encode([cleaned])[0]  # names
         best = int(cosines.argmax())
-        return self._match(allowed[best], float(cosines[best])) if cosines[best] >= self._threshold else None
+        if cosines[best] >= self._threshold:
+            return self._match(allowed[best], float(cosines[best]))
+        sideless = " ".join(word for word in cleaned.split() if word not in _SIDES)
+        # "the left person" is a person: the click says which
+        return self.match(sideless) if sideless and sideless != cleaned else None
 
     def _match(self, row: int, cosine: float) -> Match:
         return Match(name=self.names[row], cosine=cosine, vector=self.vectors[row])

@@ -20,11 +20,8 @@ from model.evaluation.report import draw_sheet, write_report
 from model.evaluation.runner import ModelSource, Results, Task, key_of, left_of, plan, run, scene_of
 from model.evaluation.sets import Selection, evenly_spaced, select
 from model.evaluation.summary import figures_of, groups_of, numbers_of
-from model.segmenter import Device, EncoderChoice
+from model.segmenter import BUNDLED, BUNDLED_ADAPTER, Device, EncoderChoice
 from model.types import Granularity, Refusal
-
-_FILES = Path(__file__).resolve().parent.parent / "weights"
-_SHIPPED = _FILES / "light-granularity.safetensors"
 
 app = typer.Typer(add_completion=False)
 
@@ -35,7 +32,7 @@ def evaluate(
     kind: Annotated[Source, typer.Option(help="Format of the sets; auto looks at what is there.")] = "auto",
     split: Annotated[str, typer.Option(help="Split to measure, where a set names splits; all: every one.")] = "val",
     adapter: Annotated[str, typer.Option(help="Adapter file; none; shipped: the one in model/weights.")] = "shipped",
-    weights: Annotated[Path, typer.Option(help="Base weights.")] = _FILES / "light.safetensors",
+    weights: Annotated[Path, typer.Option(help="Base weights.")] = BUNDLED,
     protocols: Annotated[str, typer.Option(help="What to measure, separated by commas.")] = ",".join(PROTOCOLS),
     budget: Annotated[int, typer.Option(min=1, max=100, help="Clicks on one mask at most.")] = 20,
     targets: Annotated[str, typer.Option(help="IoU that counts as done, for NoC.")] = "0.85,0.90",
@@ -174,7 +171,7 @@ class _Evaluation:
 
 def _adapter_file(name: str) -> Path | None:
     if name == "shipped":
-        return _SHIPPED if _SHIPPED.is_file() else None
+        name = str(BUNDLED_ADAPTER)
     if name == "none":
         return None
     if not Path(name).is_file():
