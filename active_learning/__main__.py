@@ -11,9 +11,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from active_learning.base_training import Recipe, train_base
+from model.bars import progress_bar
 from model.segmenter import BUNDLED, Device, EncoderChoice, load_segmenter
 from model.types import Refusal
 
@@ -47,14 +48,13 @@ def train_base_command(
     logging.basicConfig(level="INFO", format="%(message)s")
     if threads:
         torch.set_num_threads(threads)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
         overrides = {"device": device} if precision is None else {"device": device, "precision": precision}
         recipe = Recipe.read(config, **overrides)
         segmenter: Any = load_segmenter(
             "light", weights, device=device, encoder=encoder, threads=threads, compiled=compiled.expanduser()
         )
-        with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[said]}"), console=console) as bars:
+        with progress_bar(console, TextColumn("{task.fields[said]}")) as bars:
 
             def stage(name: str, steps: int) -> Callable[[int, str], None]:
                 task = bars.add_task(name, total=steps, said="")

@@ -24,14 +24,12 @@ from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, TrainingPhot
 from active_learning.train import (
     Progress,
     TrainingConfig,
-    branch_state,
     fine_tune,
     plain_state,
     prepare,
-    restore_branch,
     seeded,
 )
-from model.adapter import read_adapter, write_adapter
+from model.adapter import load_lora, lora_state, read_adapter, write_adapter
 from model.annotations import read_annotations
 from model.evaluation.protocol import Bench, Models, Options, Scene
 from model.evaluation.report import draw_sheet
@@ -169,7 +167,7 @@ def train_base(
     def save(path: Path) -> None:
         if not state.is_main_process:
             return
-        lora = {branch: branch_state(network, branch) for branch in branches}
+        lora = {branch: lora_state(network.transformer, branch) for branch in branches}
         write_adapter(path, card=card, plain=plain_state(network) | {VOCABULARY: vocabulary.vectors}, lora=lora)
 
     def vectors_of(names: Sequence[str]) -> Tensor:
@@ -185,7 +183,7 @@ def train_base(
         def report(progress: Progress) -> None:
             bar(progress.step, ", ".join(f"{name} {value:.3g}" for name, value in progress.figures.items()))
 
-        def look(step: int, _: LadderDecoder) -> None:
+        def look(step: int) -> None:
             save(folder / "latest.safetensors")
             _draw(folder / f"sheet-{step:06}.png", segmenter, folder / "latest.safetensors", sheet, files)
 
@@ -215,7 +213,7 @@ def train_base(
         if found.card.get("recipe") != recipe.digest:
             raise Refusal(f"{done} was trained by another recipe; name another output folder, or delete it")
         network.load_state_dict({k: v for k, v in found.plain.items() if k != VOCABULARY}, strict=False)
-        restore_branch(network, config.branch, found.lora[config.branch])
+        load_lora(network.transformer, config.branch, found.lora[config.branch])
     path = out / "light-granularity.safetensors"
     save(path)
     return path

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from active_learning.dataset import EmbeddingFiles, Lesson, Sampler, targets
-from model.adapter import attach, load_lora, lora_state, switch_on
+from model.adapter import attach, switch_on
 from model.light.adapter import LEVEL, PHRASE
 from model.light.ladder import LEVELS, LOGITS_PER_CELL, LadderDecoder, fill_square
 from model.light.network import (
@@ -142,7 +142,7 @@ def fine_tune(
     recipe: str = "",
     phrases: Callable[[list[str]], Tensor] | None = None,
     report: Callable[[Progress], None] = lambda _: None,
-    each_checkpoint: Callable[[int, LadderDecoder], None] = lambda *_: None,
+    each_checkpoint: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Train one branch of `network` in place; at the end it holds the averaged weights.
 
@@ -156,7 +156,7 @@ def fine_tune(
         recipe: names what decides the lessons beside `config`; a checkpoint of another one is refused.
         phrases: names to embeddings N, width; needed for the phrase branch.
         report: called after every `log_every` steps.
-        each_checkpoint: called after each checkpoint with the averaged weights in `network`.
+        each_checkpoint: called after each checkpoint with its step, while `network` holds the averaged weights.
 
     Raises:
         Refusal: the checkpoint is damaged, or belongs to another recipe.
@@ -196,7 +196,7 @@ def fine_tune(
             run.save(folder / "checkpoint.pt", step + 1)
             if board is not None:
                 with run.averaged():
-                    each_checkpoint(step + 1, network)
+                    each_checkpoint(step + 1)
     if board is not None:
         board.close()
     run.keep_average()
@@ -464,16 +464,6 @@ def _loss(
         if at == own[c] and m == lesson.primaries[active[c]]
     ]
     return loss, ious[torch.tensor(answered)]
-
-
-def branch_state(network: LadderDecoder, branch: str) -> dict[str, Tensor]:
-    """Return the LoRA matrices of a branch."""
-    return lora_state(network.transformer, branch)
-
-
-def restore_branch(network: LadderDecoder, branch: str, tensors: dict[str, Tensor]) -> None:
-    """Set the LoRA matrices of an attached branch."""
-    load_lora(network.transformer, branch, tensors)
 
 
 def plain_state(network: LadderDecoder) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 WEIGHTS = BUNDLED
 FAMILY = "light"
 ADAPTER = BUNDLED_ADAPTER
-_STATES = 48  # earlier steps kept, 1 MiB each
+_STATES = 48  # earlier steps kept, 1 to 1.4 MiB each
 _WARM_QUEUE = 64  # images waiting to be encoded in the background
 _LOAD_LIMIT_S = 90  # Label Studio gives up a prediction after 100 s
 

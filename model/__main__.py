@@ -11,10 +11,9 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from model.annotations import Source, read_annotations
+from model.bars import progress_bar
 from model.evaluation.command import evaluate
 from model.propose import Progress, options_for
 from model.propose import propose as run
@@ -71,8 +70,7 @@ def propose(
         segmenter = load_segmenter(
             "light", weights, adapter=adapter, encoder=encoder, threads=threads, compiled=compiled.expanduser()
         )
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Bar(*columns, TimeRemainingColumn(), console=console) as bar:
+        with progress_bar(console) as bar:
             task = bar.add_task("photos", total=len(annotations.images))
 
             def report(progress: Progress) -> None:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from model.annotations import Level, Source
+from model.bars import progress_bar
 from model.embeddings import EmbeddingFolder
 from model.evaluation.protocol import PROTOCOLS, Bench, Models, Options, Row
 from model.evaluation.report import draw_sheet, write_report
@@ -127,8 +127,7 @@ class _Evaluation:
         left = sum(part.rows for part in parts if part)
         if left < total:
             self.console.print(f"{total - left} of {total} rows are there already; going on")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=self.console) as progress:
+        with progress_bar(self.console) as progress:
             bar = progress.add_task("measuring", total=left)
 
             def done(row: Row) -> None:

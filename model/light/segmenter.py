@@ -128,7 +128,6 @@ class LightSegmenter:
         self._digest = digest
         self._device = device
         self._adapter = adapter
-        self._decoding = _DECODING
 
     @classmethod
     def load(
@@ -245,7 +244,7 @@ class LightSegmenter:
         if state is not None:
             shown = state.token(replace(prompt, clicks=prompt.clicks[:-1]))
             previous = torch.from_numpy(state.logits[shown]).to(self._device).float()[None, None]
-        with self._decoding, torch.inference_mode():
+        with _DECODING, torch.inference_mode():
             embedding = encoded.tensors["embedding"].to(self._device).float()
             points = self._prompt_encoder.points(xy.to(self._device), kinds.to(self._device))
             image = embedding + self._prompt_encoder.dense(previous)

@@ -9,15 +9,13 @@ import torch
 from active_learning.dataset import EmbeddingFiles, Sampler
 from active_learning.train import (
     TrainingConfig,
-    branch_state,
     fine_tune,
     plain_state,
     prepare,
-    restore_branch,
     seeded,
     trainable_names,
 )
-from model.adapter import switch_on
+from model.adapter import load_lora, lora_state, switch_on
 from model.light.adapter import LEVEL, PHRASE
 from model.light.ladder import LadderDecoder
 from model.light.network import CHANNELS
@@ -152,11 +150,12 @@ def test_a_damaged_checkpoint_is_refused_by_name_with_the_remedy(fresh, teach, t
 
 def test_at_each_checkpoint_the_network_shows_its_average_and_then_trains_on(fresh, teach, tmp_path):
     shown = {}
+    network = fresh(LEVEL)
 
-    def look(step, network):
+    def look(step):
         shown[step] = network.levels.weight.detach().clone()
 
-    network = teach(fresh(LEVEL), tmp_path, config(), each_checkpoint=look)
+    teach(network, tmp_path, config(), each_checkpoint=look)
     assert list(shown) == [2, 4, 5]
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert torch.equal(shown[5], kept["average"]["levels.weight"])
@@ -222,7 +221,7 @@ def test_what_is_saved_of_a_network_can_be_put_into_another(fresh, teach, tmp_pa
     network = teach(fresh(LEVEL), tmp_path, config(steps=2))
     other = fresh(LEVEL)
     other.load_state_dict(plain_state(network), strict=False)
-    restore_branch(other, LEVEL, branch_state(network, LEVEL))
+    load_lora(other.transformer, LEVEL, lora_state(network.transformer, LEVEL))
     equal(network.state_dict(), other.state_dict())
 
 

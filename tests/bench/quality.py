@@ -7,10 +7,9 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from model.metrics import iou, number_of_clicks
-from model.robot import next_click
-from model.segmenter import Segmenter, load_segmenter, predict
-from model.types import Click, Prompt
+from model.evaluation.protocol import ClickChain
+from model.metrics import clicks_over, number_of_clicks
+from model.segmenter import Segmenter, load_segmenter
 from tests.bench.photos import Annotated, annotated
 from tests.bench.report import Row
 from tests.bench.stage import WEIGHTS, Stage
@@ -35,24 +34,13 @@ def _row(name: str, segmenter: Segmenter, objects: list[Annotated]) -> Row:
     curves = np.array([_ious(segmenter, one) for one in objects])
     parts = [f"IoU@{n} {curves[:, n - 1].mean():.3f}" for n in (1, 3, 5)]
     for target in (0.85, 0.90):
-        clicks = [number_of_clicks(curve, target, _BUDGET) for curve in curves]
-        reached = [n for n in clicks if n is not None]
-        mean = f"{np.mean(reached):.2f}" if reached else "-"
-        parts.append(f"NoC@{100 * target:.0f} {mean} and {clicks.count(None)} misses")
+        clicks = clicks_over([number_of_clicks(curve, target, _BUDGET) for curve in curves], _BUDGET)
+        mean = "-" if clicks.reached_mean is None else f"{clicks.reached_mean:.2f}"
+        parts.append(f"NoC@{100 * target:.0f} {mean} and {clicks.misses} misses")
     return Row(what=what, measured=", ".join(parts))
 
 
 def _ious(segmenter: Segmenter, one: Annotated) -> list[float]:
     """Return the IoU after each click; once there is nothing left to click, it stays as it is."""
     encoded = segmenter.encode(np.asarray(Image.open(one.photo).convert("RGB")))
-    mask = np.zeros_like(one.mask)
-    clicks: list[Click] = []
-    memo: dict[Prompt, object] = {}
-    ious: list[float] = []
-    while len(ious) < _BUDGET:
-        click = next_click(one.mask, mask, clicks)
-        if click is not None:
-            clicks.append(click)
-            mask = predict(segmenter, encoded, Prompt(clicks=tuple(clicks)), memo=memo).best.mask
-        ious.append(iou(one.mask, mask))
-    return ious
+    return ClickChain(segmenter=segmenter, encoded=encoded, truth=one.mask).run(_BUDGET)
