@@ -96,18 +96,29 @@ def embedding_id(digest: str, view: View) -> str:
     return digest if view == PLAIN else hashlib.sha256(f"{digest} {view}".encode()).hexdigest()
 
 
-def photos_of(found: AnnotationSet, views: Callable[[str], Sequence[View]] = lambda _: (PLAIN,)) -> list[TrainingPhoto]:
-    """Return the photos of a set that have masks, each in the views that `views` names for its digest."""
+def photos_of(
+    found: AnnotationSet,
+    views: Callable[[str], Sequence[View]] = lambda _: (PLAIN,),
+    *,
+    stated: bool = False,
+) -> list[TrainingPhoto]:
+    """Return the photos of a set that have masks.
+
+    Args:
+        found: the set.
+        views: names the views of a photo by its digest.
+        stated: take a mask's granularity where the set states it, as annotators do; else its area over its whole's.
+    """
     made = []
     for image in found.images:
         if image.masks:
             digest = image.digest()
-            seen = [_prepare(image, digest, view) for view in views(digest)]
+            seen = [_prepare(image, digest, view, stated=stated) for view in views(digest)]
             made += [photo for photo in seen if photo is not None]
     return made
 
 
-def _prepare(image: AnnotatedImage, digest: str, view: View) -> TrainingPhoto | None:
+def _prepare(image: AnnotatedImage, digest: str, view: View, *, stated: bool) -> TrainingPhoto | None:
     left, top, right, bottom = view.box(image.height, image.width)
     fit = Fit(bottom - top, right - left, SIDE)
     rows, columns = (LOGITS_PER_CELL * count for count in cells(*fit.resized))
@@ -130,6 +141,8 @@ def _prepare(image: AnnotatedImage, digest: str, view: View) -> TrainingPhoto | 
     wholes = [image.whole(mask) for mask in kept]
     seen_of = zip(kept, wholes, strict=True)  # in a crop a part is measured by what the crop shows of its whole
     shares = [min(1.0, areas[m.id] / areas[w.id]) if w.id in areas else m.area / w.area for m, w in seen_of]
+    if stated:
+        shares = [s if m.granularity is None else m.granularity for m, s in zip(kept, shares, strict=True)]
     return TrainingPhoto(
         embedding=embedding_id(digest, view),
         image=image,
@@ -212,7 +225,10 @@ def soft_levels(share: float) -> list[tuple[int, float]]:
 
 
 class Sampler:
-    """Draws lessons: photos by group, masks the more often the rarer their level is."""
+    """Draws lessons: photos by group, masks the more often the rarer their level is.
+
+    What a model proposed as a whole is never the lesson: where things end, people say.
+    """
 
     def __init__(
         self,
@@ -250,8 +266,8 @@ class Sampler:
                 levels = [soft_levels(float(place))[0][0] for place in photo.shares]
                 weights = np.array(
                     [
-                        rarity[level] * kind_weights.get(kind, 1.0)
-                        for level, kind in zip(levels, photo.kinds, strict=True)
+                        0.0 if kind == "object" and not human else rarity[level] * kind_weights.get(kind, 1.0)
+                        for level, kind, human in zip(levels, photo.kinds, photo.human, strict=True)
                     ]
                 )
                 if weights.sum() > 0:
@@ -259,7 +275,9 @@ class Sampler:
             if group:
                 weighted.append((share, group))
         if not weighted:
-            raise Refusal("every mask has weight 0; raise a kind's weight above 0")
+            raise Refusal(
+                "every mask has weight 0 (wholes that a model proposed never count); raise a kind's weight above 0"
+            )
         self._groups = [group for _, group in weighted]
         self._shares = np.array([share for share, _ in weighted])
         self._shares /= self._shares.sum()
@@ -303,6 +321,8 @@ def _lesson(
         taken = np.zeros(LEVELS, bool)
         for mask in (int(primary), *others):
             levels = soft_levels(float(photo.shares[mask]))
+            if photo.kinds[mask] == "object" and not photo.human[mask]:
+                continue
             if mask != primary and any(taken[level] for level, _ in levels):
                 continue  # two masks of one size lie here: the click was placed for the other
             for level, weight in levels:

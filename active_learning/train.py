@@ -2,8 +2,9 @@
 
 The encoder and the decoder's own weights stay as they are; what is learned are the level tokens, LoRA on Q and V of the
 decoder's attention, the layers that work on its tokens alone, and the small heads that make masks of them. Each step
-shows one photo a few clicks, corrects the answers by up to two more clicks placed on the network's own errors, and
-counts every pass. Several processes each take a photo a step and share what they learn (accelerate).
+shows one photo a few clicks; in some steps the answers are corrected by further clicks on the network's own errors,
+and the answer to the last of them counts. Several processes each take a photo a step and share what they learn
+(accelerate).
 
 Sources: GraCo (arXiv 2405.00587) for granularity-controllable learning; RITM (arXiv 2102.06583) for iterative clicks,
 the previous mask fed back, and the normalised focal loss.
@@ -65,8 +66,8 @@ class TrainingConfig:
     branch: str = LEVEL
     steps: int = 2000
     clicks: int = 6  # first clicks on the photo of a step
-    most_clicks: int = 3  # of one prompt, corrections included
-    go_on: float = 0.6  # chance of a further click
+    further: float = 0.4  # share of steps that count the answer to a later click than the first
+    most_clicks: int = 8  # of one prompt; the later a click, the less often it is the one that counts
     central: float = 0.5  # share of clicks at the middle of their mask or error; the others lie anywhere in it
     boxed: float = 0.1  # share of lessons that begin with boxes instead of clicks
     rank: int = 8
@@ -141,6 +142,7 @@ def fine_tune(
     *,
     recipe: str = "",
     phrases: Callable[[list[str]], Tensor] | None = None,
+    before_step: Callable[[], None] = lambda: None,
     report: Callable[[Progress], None] = lambda _: None,
     each_checkpoint: Callable[[int], None] = lambda _: None,
 ) -> None:
@@ -155,6 +157,7 @@ def fine_tune(
         folder: gets `checkpoint.pt` and TensorBoard's files; a checkpoint that is there is gone on from.
         recipe: names what decides the lessons beside `config`; a checkpoint of another one is refused.
         phrases: names to embeddings N, width; needed for the phrase branch.
+        before_step: called before every step; may wait, and what it raises ends the training where it stands.
         report: called after every `log_every` steps.
         each_checkpoint: called after each checkpoint with its step, while `network` holds the averaged weights.
 
@@ -172,6 +175,7 @@ def fine_tune(
     sums: dict[str, list[float]] = defaultdict(list)
     began = time.monotonic()
     for step in range(start, config.steps):
+        before_step()
         lesson = sampler.draw(run.rng, config.clicks)
         embedding = embeddings.encoded(lesson.photo).tensors["embedding"].to(accelerator.device).float()
         named = None
@@ -312,7 +316,7 @@ def _teach(
     rng: np.random.Generator,
     phrases: Tensor | None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Return the loss of all passes of a lesson, and figures of it."""
+    """Return the loss of the pass of a lesson that counts, and figures of it."""
     rows, columns = lesson.photo.rows // LOGITS_PER_CELL, lesson.photo.columns // LOGITS_PER_CELL
     seen = embedding[:, :, :rows, :columns]
     position = position[:, :, :rows, :columns]
@@ -323,34 +327,21 @@ def _teach(
     active: Indices = np.arange(len(clicks))
     asked = _asked_levels(lesson, rng)
     previous: Tensor | None = None
-    losses: list[Tensor] = []
-    figures: dict[str, float] = {}
+    counted = _counted_turn(config, rng)
     for turn in range(config.most_clicks):
         added = prompts.dense(previous)[..., :rows, :columns]
         image = (seen + added).expand(len(active), -1, -1, -1)
         vectors = _vectors(prompts, [clicks[i] for i in active], None if boxes is None else boxes[active])
         chosen = None if phrases is None else phrases[torch.from_numpy(active)]
-        ladder = model(image, position, vectors, chosen)
-        loss, ious = _loss(
-            config,
-            ladder.logits.float(),
-            ladder.scores.float(),
-            lesson,
-            active,
-            asked,
-            inside,
-            first=turn == 0 and boxes is None,
-            with_phrase=phrases is not None,
-        )
-        losses.append(loss)
-        figures[f"IoU after {turn + 1}"] = float(ious.mean())
-        if turn + 1 == config.most_clicks or rng.random() >= config.go_on:
+        with torch.set_grad_enabled(turn == counted):
+            ladder = model(image, position, vectors, chosen)
+        if turn == counted:
             break
         level = asked[active] if phrases is None else np.full(len(active), ladder.logits.shape[1] - 1)
-        answers = ladder.logits.detach()[torch.arange(len(active)), torch.from_numpy(level)].float()
+        answers = ladder.logits[torch.arange(len(active)), torch.from_numpy(level)].float()
         going = []
         for place, i in enumerate(active):
-            mask = (answers[place] > 0).cpu().numpy()
+            mask = ((answers[place] > 0) & (inside[0] > 0)).cpu().numpy()
             if rng.random() < config.central:
                 click = next_click(truths[i], mask, clicks[i])
             else:
@@ -358,13 +349,33 @@ def _teach(
             if click is not None:
                 clicks[i].append(click)
                 going.append(place)
-        if not going:
-            break
-        previous = fill_square(answers[going][:, None])
-        active = active[going]
-    total = torch.stack(losses).mean()
-    figures["loss"] = float(total.detach())
-    return total, figures
+        if going:
+            previous = fill_square(answers[going][:, None])
+            active = active[going]
+        else:  # nothing is left to correct: what was answered counts, seen once more
+            counted = turn + 1
+    loss, ious = _loss(
+        config,
+        ladder.logits.float(),
+        ladder.scores.float(),
+        lesson,
+        active,
+        asked,
+        inside,
+        first=previous is None and boxes is None,
+        with_phrase=phrases is not None,
+    )
+    turns = "1" if counted == 0 else "2 and 3" if counted < 3 else "4 and more"
+    return loss, {"loss": float(loss.detach()), f"IoU after {turns}": float(ious.mean())}
+
+
+def _counted_turn(config: TrainingConfig, rng: np.random.Generator) -> int:
+    """Return the turn whose answer counts: 0 for the first click, else the less likely the later."""
+    if config.most_clicks == 1 or rng.random() >= config.further:
+        return 0
+    later = np.arange(1, config.most_clicks)
+    weights = 1 / (later + 1)
+    return int(rng.choice(later, p=weights / weights.sum()))
 
 
 def _inside(lesson: Lesson) -> Tensor:
@@ -426,7 +437,7 @@ def _loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of one pass over the clicks `active`, and the IoU of the answers asked for.
 
-    The first pass counts all that is known of each click, later ones what the click was placed for: their previous mask
+    After a first click all that is known of it counts, later on what the clicks were placed for: their previous mask
     was that level's.
     """
     device = logits.device

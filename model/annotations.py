@@ -85,6 +85,7 @@ class AnnotatedImage:
     width: int
     split: str | None  # None where the source names none
     masks: tuple[AnnotatedMask, ...] = ()
+    known_digest: str | None = None  # where the file is kept under an id of its own
     by_id: dict[int, AnnotatedMask] = field(init=False, repr=False)  # its masks by their ids
 
     def __post_init__(self) -> None:
@@ -109,11 +110,13 @@ class AnnotatedImage:
         return pixels
 
     def digest(self) -> str:
-        """Return the SHA-256 of the file's bytes in hex: how its embedding is known.
+        """Return the SHA-256 of the file's bytes in hex, or the digest it is kept under: how its embedding is known.
 
         Raises:
             Refusal: the file cannot be read.
         """
+        if self.known_digest is not None:
+            return self.known_digest
         try:
             return hashlib.sha256(self.path.read_bytes()).hexdigest()
         except OSError as error:

@@ -1,7 +1,8 @@
 """Encoded photos on disk, for commands that look at the same photos again and again.
 
-One file for each, FOLDER/<encoding>/<id>.safetensors; the id of a photo as it is stored is the SHA-256 of its file. A
-file appears by rename, so that nobody reads half of one; a damaged one is made anew.
+One file for each, FOLDER/<encoding>/<first two of id>/<id>.safetensors, as the web process's cache has them too; the id
+of a photo as it is stored is the SHA-256 of its file. A file appears by rename, so that nobody reads half of one; a
+damaged one is made anew.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class EmbeddingFolder:
 
     def path(self, segmenter: Segmenter, image_id: str) -> Path | None:
         """Return where a photo's embedding is or will be."""
-        return None if self.folder is None else self.folder / segmenter.encoding / f"{image_id}.safetensors"
+        if self.folder is None:
+            return None
+        return self.folder / segmenter.encoding / image_id[:2] / f"{image_id}.safetensors"
 
     def encoded(
         self, segmenter: Segmenter, image_id: str, pixels: Callable[[], RGBImage], *, height: int, width: int

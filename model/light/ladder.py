@@ -81,7 +81,7 @@ class LadderDecoder(nn.Module):
         leaning: Tensor = self.leaning
         if phrase is not None:
             asked, leaning = torch.cat([asked, self.phrase_token.weight]), torch.cat([leaning, self.phrase_leaning])
-            prompt = torch.cat([prompt, self.phrase_projection(phrase)[:, None]], dim=1)
+            prompt = torch.cat([prompt, self.phrase_projection(phrase * phrase.shape[-1] ** 0.5)[:, None]], dim=1)
         outputs = torch.cat([self.iou_token.weight, self.mask_tokens.weight, asked]).expand(len(prompt), -1, -1)
         tokens, seen = self.transformer(
             image.flatten(2).transpose(1, 2).contiguous(),

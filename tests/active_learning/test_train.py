@@ -248,10 +248,10 @@ def test_a_few_steps_on_one_photo_lower_the_loss(fresh, teach, tmp_path, branch)
 
 def test_lessons_that_begin_with_boxes_are_learned_from_too(fresh, teach, tmp_path):
     told = []
-    recipe = config(steps=4, boxed=1.0, most_clicks=3, go_on=1.0, clicks=2)
+    recipe = config(steps=4, boxed=1.0, most_clicks=3, further=1.0, clicks=2)
     teach(fresh(LEVEL), tmp_path, recipe, report=told.append)
     assert [progress.step for progress in told] == [1, 2, 3, 4]
-    assert any("IoU after 3" in progress.figures for progress in told)
+    assert any("IoU after 2 and 3" in progress.figures for progress in told)
     assert all(np.isfinite(progress.figures["loss"]) for progress in told)
 
 

@@ -85,7 +85,8 @@ def test_prompts_asked_together_get_what_they_get_alone(decoder, segmenter):
     spots = [(8.0, 8.0), (60.0, 30.0), (90.0, 50.0)]
     together = ask(decoder, segmenter, embedding, *spots)
     for i, spot in enumerate(spots):
-        torch.testing.assert_close(together.logits[i], ask(decoder, segmenter, embedding, spot).logits[0])
+        alone = ask(decoder, segmenter, embedding, spot).logits[0]
+        torch.testing.assert_close(together.logits[i], alone, rtol=1e-4, atol=1e-4)  # sums in another order
 
 
 @pytest.mark.parametrize("anchors", [2, 3, 4])

@@ -186,7 +186,8 @@ def test_embeddings_are_kept_for_a_second_run_and_a_damaged_one_is_made_anew(fla
     for place, segmenter in enumerate((first, second)):
         propose(flags, segmenter, tmp_path / f"{place}.json", ALL, embeddings=tmp_path / "embeddings")
     assert (first.encoded, second.encoded) == (3, 0)
-    kept = tmp_path / "embeddings" / "striped" / f"{flags.images[0].digest()}.safetensors"
+    digest = flags.images[0].digest()
+    kept = tmp_path / "embeddings" / "striped" / digest[:2] / f"{digest}.safetensors"
     kept.write_bytes(b"nothing")
     propose(flags, third, tmp_path / "2.json", ALL, embeddings=tmp_path / "embeddings")
     assert third.encoded == 1

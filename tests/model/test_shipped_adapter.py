@@ -84,7 +84,7 @@ def test_the_name_of_a_part_finds_it(parts, shipped):
         asked = Prompt(clicks=prompt.clicks, phrase=mask.name)
         named.append(iou(predict(shipped, encoded, asked).best.mask, mask.mask()))
     # a guard against regressions; what the issue wants (+0.33) is not reached: docs/benchmarks.md
-    assert np.mean(named) > np.mean(base) + 0.08, (np.mean(base), np.mean(named))
+    assert np.mean(named) > np.mean(base) + 0.10, (np.mean(base), np.mean(named))
 
 
 def test_a_word_for_a_part_gives_less_than_the_whole_and_an_unknown_one_changes_nothing(parts, shipped):
