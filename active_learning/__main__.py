@@ -1,4 +1,4 @@
-"""The commands: python -m active_learning train-base."""
+"""The commands: python -m active_learning train-base, bundle."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import TextColumn
 
 from active_learning.base_training import Recipe, train_base
+from active_learning.bundle import BUNDLED_SETS, bundle
 from model.bars import progress_bar
 from model.segmenter import BUNDLED, Device, EncoderChoice, load_segmenter
 from model.types import Refusal
@@ -69,6 +70,27 @@ def train_base_command(
         console.print(f"[red]{escape(str(refusal))}[/red]")
         raise typer.Exit(2) from refusal
     print(path)
+
+
+@app.command("bundle")
+def bundle_command(
+    data: Annotated[Path, typer.Option(help="Folder that holds the source, ccp-person-clothing.")] = Path(
+        "../shared/data"
+    ),
+    out: Annotated[
+        Path, typer.Option(help="Gets replay/ and reference/; those that are there are replaced.")
+    ] = BUNDLED_SETS,
+    replay: Annotated[int, typer.Option(min=1, help="Photos of the replay set.")] = 24,
+    reference: Annotated[int, typer.Option(min=1, help="Photos of the reference set.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Decides among photos that are equally good.")] = 0,
+) -> None:
+    """Make the small sets that ship: photos to train on again, so that nothing is forgotten, and photos to see that."""
+    try:
+        bundle(data, out, replay=replay, reference=reference, seed=seed)
+    except Refusal as refusal:
+        Console(stderr=True).print(f"[red]{escape(str(refusal))}[/red]")
+        raise typer.Exit(2) from refusal
+    print(out)
 
 
 if __name__ == "__main__":

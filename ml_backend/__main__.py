@@ -12,13 +12,16 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from ml_backend import logs
+from ml_backend import adapters_command, corrections_command, logs, training_command
 from ml_backend.fetch import make_fetcher
 from ml_backend.label_config import check_config, make_config
 from ml_backend.settings import Settings
 from model.types import Refusal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app.add_typer(training_command.app, name="train")
+app.add_typer(adapters_command.app, name="adapters")
+app.add_typer(corrections_command.app, name="corrections")
 log = logging.getLogger(__name__)
 
 
@@ -50,6 +53,18 @@ def read_settings() -> Settings:
     return settings
 
 
+@adapters_command.app.callback()
+def adapters(context: typer.Context) -> None:
+    """Look at adapter versions, choose which one serves, move them about."""
+    context.obj = read_settings()
+
+
+@corrections_command.app.callback()
+def corrections(context: typer.Context) -> None:
+    """Look at what annotators corrected, and take it elsewhere."""
+    context.obj = read_settings()
+
+
 @app.command()
 def run() -> None:
     """Start everything this machine needs: Redis, the encode worker and the web server."""
@@ -66,10 +81,58 @@ def run() -> None:
 
 @app.command()
 def worker(burst: Annotated[bool, typer.Option(help="end when no job is left")] = False) -> None:
-    """Encode imported images ahead, from the queue on GRACO_REDIS_URL."""
+    """Take in corrections and encode imported images ahead, from the queues on GRACO_REDIS_URL."""
     from ml_backend.jobs import work
 
     work(read_settings(), burst=burst)
+
+
+@app.command()
+def trainer(once: Annotated[bool, typer.Option(help="end when no training is asked for")] = False) -> None:
+    """Carry out the trainings that are asked for, one after another, each in a process of its own."""
+    from ml_backend.trainings import work
+
+    work(read_settings(), once=once)
+
+
+@app.command()
+def reconcile(
+    project: Annotated[int | None, typer.Option(help="only this one; unset: all that have this backend")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="try events again that were given up")] = False,
+) -> None:
+    """Fetch the corrections that webhooks lost, and take in what waits."""
+    from contextlib import closing
+
+    from ml_backend.ingest import open_intake
+    from ml_backend.reconcile import reconcile as compare
+    from ml_backend.reconcile import take_in
+    from model.bars import progress_bar
+
+    settings = read_settings()
+    with closing(open_intake(settings)) as intake, progress_bar(Console(stderr=True)) as bar:
+        if retry:
+            intake.inbox.retry()
+        looked = bar.add_task("tasks", total=None)
+        try:
+            found = compare(
+                *(settings, intake),
+                project=project,
+                report=lambda number, done, total: bar.update(
+                    looked, description=f"tasks of project {number}", completed=done, total=total
+                ),
+            )
+        except Refusal as refusal:
+            typer.secho(str(refusal), fg="red", err=True)
+            raise typer.Exit(1) from refusal
+        taken = bar.add_task("events", total=None)
+        take_in(intake, lambda done, total: bar.update(taken, completed=done, total=total))
+        failures = intake.inbox.failures()
+        waiting = intake.inbox.counts()["undone"]
+    print(f"{found.projects} projects: {found.added} annotations were missing, {found.deleted} are gone")
+    if waiting or failures:
+        typer.secho(f"{waiting} events wait to be tried again, {len(failures)} were given up", fg="yellow", err=True)
+    for key, action, error in failures[:10]:
+        typer.secho(f"  {key} {action}: {error}", fg="yellow", err=True)
 
 
 @app.command()
@@ -131,6 +194,64 @@ def doctor() -> None:
     from ml_backend.doctor import examine, show
 
     raise typer.Exit(0 if show(examine(read_settings())) else 1)
+
+
+@app.command("next-tasks")
+def next_tasks(
+    project: Annotated[int, typer.Option(help="its id in Label Studio")],
+    limit: Annotated[int | None, typer.Option(min=1, help="tasks looked at in this run; the next one goes on")] = None,
+    best: Annotated[
+        int | None, typer.Option(min=1, help="tasks that get a score; unset: all, or 20 where several people annotate")
+    ] = None,
+    set_sampling: Annotated[
+        bool, typer.Option("--set-sampling", help="switch the project to uncertainty sampling by these scores")
+    ] = False,
+) -> None:
+    """Score a project's unlabelled tasks so that Label Studio shows the one most worth correcting first."""
+    from ml_backend.next_tasks import score_tasks
+    from ml_backend.service import Service
+
+    service = Service(read_settings())
+    try:
+        outcome = score_tasks(
+            service, project, limit=limit, best=best, set_sampling=set_sampling, console=Console(stderr=True)
+        )
+    except Refusal as refusal:
+        typer.secho(str(refusal), fg="red", err=True)
+        raise typer.Exit(1) from refusal
+    finally:
+        service.close()
+    print(outcome)
+
+
+@app.command("simulate")
+def simulate_command(
+    data: Annotated[Path, typer.Argument(help="annotated photos: a folder as ../shared/data has them")],
+    report: Annotated[Path, typer.Option(help="JSON file for the figures; curves are drawn beside it")],
+    rounds: Annotated[str, typer.Option(help="corrections after which a training is asked for")] = "100,300",
+    budget: Annotated[int, typer.Option(min=1, max=100, help="clicks on one object at most, when measured")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="objects measured of hold-out and reference set")] = 40,
+    seed: Annotated[int, typer.Option(help="of the order of the photos")] = 0,
+    keep: Annotated[Path | None, typer.Option(help="empty folder for the backend's data; unset: none is kept")] = None,
+) -> None:
+    """Simulate a team that annotates photos and trains, and report the clicks an object takes before and after."""
+    import tempfile
+
+    from ml_backend.simulate import Plan, simulate, write_report
+    from model.annotations import read_annotations
+
+    console = Console(stderr=True)
+    try:
+        plan = Plan(rounds=tuple(int(text) for text in rounds.split(",")), budget=budget, limit=limit, seed=seed)
+        found = read_annotations(data)
+        with tempfile.TemporaryDirectory() as spare:
+            done = simulate(found, plan, keep or Path(spare), say=lambda text: console.print(escape(text)))
+        figures = write_report(report, found, plan, done)
+    except (Refusal, ValueError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(1) from error
+    for name in ("noc85_before", "noc85_after", "noc90_reference_before", "noc90_reference_after"):
+        print(f"{name}: {figures[name]:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What we answered, remembered: region id to the digest of its shape, its prompt, level, phrase and model.
+"""What we answered, remembered: region id to the shape and its digest, its prompt, level, phrase and model.
 
 An accepted suggestion keeps the id that we gave it, so a submitted region is *accepted* when id and digest are known,
-*corrected* when only the id is, and else *drawn* by hand. One small SQLite file, bounded, safe between processes.
+*corrected* when only the id is, and else *drawn* by hand. One SQLite file, bounded, safe between processes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 log = logging.getLogger(__name__)
 
@@ -22,11 +21,11 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
     region_id TEXT PRIMARY KEY, project TEXT, task_id INTEGER, image_id TEXT, digest TEXT NOT NULL,
     prompt TEXT NOT NULL, granularity REAL, model_version TEXT NOT NULL, answered_s REAL NOT NULL,
-    phrase TEXT, adapter TEXT
+    phrase TEXT, adapter TEXT, shape BLOB
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS answers_by_time ON answers (answered_s);
 """
-_ADDED = ("phrase TEXT", "adapter TEXT")  # columns that files of the first version lack
+_ADDED = ("phrase TEXT", "adapter TEXT", "shape BLOB")  # columns that files of earlier versions lack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +42,7 @@ class Answer:
     model_version: str
     phrase: str | None  # the known name that was answered for; None: none was typed, or an unknown one
     adapter: str | None  # that made the shape; None: base weights
+    shape: bytes | None  # as `label_studio.pack_shape` gives it; None: answered by a version that did not keep it
 
 
 _COLUMNS = ", ".join(field.name for field in fields(Answer))
@@ -120,13 +120,6 @@ class AnswerStore:
             log.error("remembered answers cannot be read (%s): a region counts as drawn by hand", error)
             return None
         return None if row is None else Answer(**dict(zip(_COLUMNS.split(", "), row, strict=True)))
-
-    def judge(self, region_id: str, digest: str) -> Literal["accepted", "corrected", "drawn"]:
-        """Return what became of a submitted region: accepted as is, corrected, or drawn by hand."""
-        answer = self.find(region_id)
-        if answer is None:
-            return "drawn"
-        return "accepted" if answer.digest == digest else "corrected"
 
     def __len__(self) -> int:
         with self._lock, closing(self._db.execute("SELECT COUNT(*) FROM answers")) as rows:

@@ -22,7 +22,7 @@ from ml_backend.label_config import read_config
 from ml_backend.label_studio import empty_answer
 from ml_backend.predictions import predict_tasks
 from ml_backend.service import BoundedCache, Service
-from ml_backend.webhooks import handle_event
+from ml_backend.webhooks import EventBody, handle_event, start_training
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
@@ -147,13 +147,14 @@ def create_app(service: Service) -> Flask:
     @app.get("/")
     def index() -> Response:
         routes = sorted(rule.rule for rule in app.url_map.iter_rules() if rule.endpoint != "static")
-        return _json({"model": "GraCo for Label Studio", "model_version": service.model_version, "routes": routes})
+        return _json({"model": "GraCo for Label Studio", "model_version": service.version(None), "routes": routes})
 
     @app.get("/health")
     def health() -> Response:
         state = "UP" if service.failure is None else "FAILED"
-        body = {"status": state, "model_version": service.model_version, "model_loaded": service.ready}
-        return _json(body | ({"error": service.failure} if service.failure else {}))
+        body = {"status": state, "model_version": service.version(None), "model_loaded": service.ready}
+        body |= {"error": service.failure} if service.failure else {}
+        return _json(body | ({"warning": " | ".join(service.warnings)} if service.warnings else {}))
 
     @app.post("/setup")
     def setup() -> Response:
@@ -165,7 +166,7 @@ def create_app(service: Service) -> Flask:
                 read_config(body.schema)
             except Refusal as refusal:
                 log.warning("project %s: %s", body.project, refusal)
-        return _json({"model_version": service.model_version})
+        return _json({"model_version": service.version(body.project)})
 
     @app.post("/predict")
     def predict() -> Response:
@@ -186,7 +187,9 @@ def create_app(service: Service) -> Flask:
         if not places.acquire(timeout=_BUSY_S):  # Label Studio gives /health and webhooks one second
             log.warning("busy: %d predictions are being made, one more is refused", busy_at)
             reason = "the backend is busy with other predictions; click again"
-            return _json({"results": [empty_answer(service.model_version, reason) for _ in tasks]})
+            return _json({"results": [empty_answer(service.version(project), reason) for _ in tasks]})
+        if context is not None:
+            service.note_click()
         try:
             return _json({"results": predict_tasks(service, config, tasks, context, project=project)})
         finally:
@@ -194,18 +197,25 @@ def create_app(service: Service) -> Flask:
 
     @app.post("/webhook")
     def webhook() -> Response:
-        return _json(handle_event(service, _object()), 201)
+        body = _body()
+        return _json(handle_event(service, _decode(body, EventBody), body), 201)
 
     @app.post("/train")
     def train() -> Response:  # servers before 1.8 post here instead of sending START_TRAINING
-        return _json(handle_event(service, {"action": "START_TRAINING"} | _object()), 201)
+        return _json(start_training(service, _decode(_body(), dict[str, Any]).get("project")), 201)
 
     @app.get("/versions")
     def versions() -> Response:
-        return _json({"versions": [service.model_version]})
+        body = _body()  # Label Studio sends one with this GET
+        project = _decode(body, SetupBody).project if body else request.args.get("project")
+        return _json({"versions": service.versions(project)})
 
     @app.get("/metrics")
     def expose() -> Response:
+        for kind, count in service.inbox.regions().items():
+            metrics.REGIONS.labels(kind).set(count)
+        for state, count in service.inbox.counts().items():
+            metrics.EVENTS.labels(state).set(count)
         return Response(generate_latest(), content_type=CONTENT_TYPE_LATEST)
 
     @app.errorhandler(Refusal)
@@ -254,8 +264,3 @@ def _decode(body: bytes, kind: Any) -> Any:
 
 def _read(kind: type[Any]) -> Any:
     return _decode(_body(), kind)
-
-
-def _object() -> dict[str, Any]:
-    body: dict[str, Any] = _decode(_body(), dict[str, Any])
-    return body

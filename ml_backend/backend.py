@@ -10,13 +10,14 @@ import logging
 import sys
 from typing import Any
 
+import msgspec
 from label_studio_ml.model import LabelStudioMLBase
 
 from ml_backend.label_config import read_config
 from ml_backend.label_studio import empty_answer
 from ml_backend.predictions import predict_tasks
 from ml_backend.service import Service
-from ml_backend.webhooks import handle_event
+from ml_backend.webhooks import EventBody, handle_event
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def make_backend(service: Service, name: str = "GraCo") -> type[LabelStudioMLBas
 
         def setup(self) -> None:
             """Tell 2.x our version; it calls this whenever it builds the class."""
-            self.set("model_version", service.model_version)
+            self.set("model_version", service.version(getattr(self, "project_id", None)))
 
         def predict(
             self, tasks: list[dict[str, Any]], context: dict[str, Any] | None = None, **kwargs: Any
@@ -55,19 +56,20 @@ def make_backend(service: Service, name: str = "GraCo") -> type[LabelStudioMLBas
 
             See `ml_backend.predictions.predict_tasks`.
             """
+            project = kwargs.get("project")
             try:
                 if not self.label_config:
                     raise Refusal("no labelling configuration: connect the backend in the project's settings first")
                 config = read_config(self.label_config)
             except Refusal as refusal:  # raised on, the framework would send a traceback
                 log.warning("%d tasks are answered with nothing: %s", len(tasks), refusal)
-                return [empty_answer(service.model_version, str(refusal)) for _ in tasks]
-            project = kwargs.get("project")
+                return [empty_answer(service.version(project), str(refusal)) for _ in tasks]
             return predict_tasks(service, config, tasks, context, project=None if project is None else str(project))
 
         def fit(self, event: str, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
             """Act on one of Label Studio's events; see `ml_backend.webhooks.handle_event`."""
-            return handle_event(service, {**data, "action": event})
+            body = msgspec.json.encode({**data, "action": event})
+            return handle_event(service, msgspec.json.decode(body, type=EventBody), body)
 
         def process_event(
             self, event: str, data: dict[str, Any], job_id: str, additional_params: dict[str, Any]

@@ -33,12 +33,22 @@ from rich.text import Text
 from rq import Queue, Worker
 from rq.serializers import JSONSerializer
 
+from active_learning.registry import SHARED
 from ml_backend.fetch import Answer, Fetcher
 from ml_backend.images import decode_image
 from ml_backend.jobs import ENCODE, connect
 from ml_backend.label_config import check_config, read_config
 from ml_backend.label_studio import read_batch
-from ml_backend.service import ADAPTER, FAMILY, WEIGHTS, adapter_file, serving_version
+from ml_backend.service import (
+    ADAPTER,
+    FAMILY,
+    WEIGHTS,
+    adapter_file,
+    configured_version,
+    open_registry,
+    serving_version,
+)
+from ml_backend.serving import lines_of
 from ml_backend.settings import Settings
 from ml_backend.supervisor import redis_server, redis_socket
 from model.segmenter import digest_of, load_segmenter, read_weights
@@ -116,6 +126,7 @@ class _Health(msgspec.Struct):
     status: str
     model_version: str
     error: str | None = None
+    warning: str | None = None
 
 
 def examine(settings: Settings) -> list[Check]:
@@ -126,6 +137,7 @@ def examine(settings: Settings) -> list[Check]:
         *_guarded("weights", _weights, settings),
         *_guarded("phrases", _phrases, settings),
         *_guarded("adapter", _adapter, settings),
+        *_guarded("adapter versions", _versions, settings),
         *_guarded("encoder", _encoder, settings),
         *_guarded("Redis", _redis, settings),
         *_guarded("this backend", _backend, settings),
@@ -266,6 +278,36 @@ def _adapter(settings: Settings) -> Iterator[Check]:
     yield Check("adapter", "ok", f"{adapter}, made for this base, all tensors load")
 
 
+def _versions(settings: Settings) -> Iterator[Check]:
+    """Say which version serves each line, and whether it loads."""
+    registry = open_registry(settings)
+    base = load_segmenter(FAMILY, WEIGHTS, device="cpu", encoder="exact")
+    serving: list[str] = []
+    broken: list[tuple[str, str]] = []
+    for line in registry.lines():
+        try:
+            version = registry.active(line)
+            if version is None:
+                continue
+            base.with_adapter(registry.intact(version))
+        except Refusal as refusal:
+            broken.append((line, str(refusal)))
+        else:
+            serving.append(f"{line} by {version.id}")
+    unused = [line for line in registry.lines() if line != SHARED and settings.adapter_line == "shared"]
+    seen = f"served: {', '.join(serving)}" if serving else "none is active; the configured adapter serves all projects"
+    if unused:
+        seen += f" (GRACO_ADAPTER_LINE=shared: {', '.join(unused)} not used)"
+    if broken:
+        seen = " | ".join(f"{line}: {why}" for line, why in broken) + f" ({seen})"
+        remedy = (
+            f"python -m ml_backend adapters list, then: python -m ml_backend adapters activate {broken[0][0]} VERSION"
+        )
+        yield Check("adapter versions", "error", seen, remedy)
+    else:
+        yield Check("adapter versions", "ok", seen)
+
+
 def _encoder(settings: Settings) -> Iterator[Check]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of drivers it cannot use; that is what we report
@@ -358,6 +400,8 @@ def _backend(settings: Settings) -> Iterator[Check]:
     elif health.model_version != serving_version(settings):
         seen = f"{url} serves {health.model_version}, but the weights here are {serving_version(settings)}"
         yield Check(name, "warning", seen, "stop it and start it again: make run")
+    elif health.warning:
+        yield Check(name, "warning", f"{url} runs, but {health.warning}", "see 'adapter versions' above")
     else:
         yield Check(name, "ok", f"{url} serves {health.model_version}")
 
@@ -520,7 +564,7 @@ def _project(settings: Settings, studio: Fetcher, project: _Project) -> Iterator
     name = f"project {project.id}"
     backends = _get(studio, f"/api/ml?project={project.id}", list[_Connection], timeout_s=10)
     for backend in backends:
-        if not _is_ours(backend, settings):
+        if not _is_ours(backend, settings, project):
             continue
         yield _connection(settings, project, backend)
         yield from _guarded(f"{name} webhook", _webhook, studio, project, backend)
@@ -529,9 +573,13 @@ def _project(settings: Settings, studio: Fetcher, project: _Project) -> Iterator
         return
 
 
-def _is_ours(backend: _Connection, settings: Settings) -> bool:
+def _is_ours(backend: _Connection, settings: Settings, project: _Project) -> bool:
     """Whether it says our version, or has our port and nobody else is known to answer there."""
-    if backend.model_version == serving_version(settings):
+    base = configured_version(settings).partition("+")[0]
+    lines = tuple(f"{base}+{line}-v" for line in lines_of(settings, project.id))  # told before it was replaced
+    if backend.model_version == serving_version(settings, project.id) or (backend.model_version or "").startswith(
+        lines
+    ):
         return True
     try:
         port = urlsplit(backend.url).port

@@ -354,6 +354,7 @@ def _request(
     max_bytes: int,
     authorization: str | None = None,
     content: bytes | None = None,
+    method: str | None = None,
 ) -> Answer:
     """Send one request and return its answer; the body is read only if the status is 200.
 
@@ -368,9 +369,8 @@ def _request(
     if content is not None:
         headers += [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEADERS)
-    message = connection.send(
-        h11.Request(method="GET" if content is None else "POST", target=url.target, headers=headers)
-    )
+    method = method or ("GET" if content is None else "POST")
+    message = connection.send(h11.Request(method=method, target=url.target, headers=headers))
     message = (message or b"") + (connection.send(h11.Data(content)) or b"" if content else b"")
     message += connection.send(h11.EndOfMessage()) or b""
     with _open(url, guard, deadline) as sock:
@@ -599,8 +599,16 @@ class Fetcher:
         log.debug("fetched %s: %d bytes in %.0f ms", _name(uri), len(body), (time.perf_counter() - start) * 1e3)
         return body
 
-    def ask(self, path: str, *, timeout_s: float = 5) -> Answer:
-        """Return Label Studio's answer to a GET of one of its paths, such as /api/version; redirects are its answer.
+    def ask(
+        self, path: str, *, timeout_s: float = 5, method: str | None = None, content: bytes | None = None
+    ) -> Answer:
+        """Return Label Studio's answer to a request; redirects are its answer.
+
+        Args:
+            path: below its address, such as /api/version.
+            timeout_s: for all of it.
+            method: GET if none is given, or with content POST.
+            content: JSON to send.
 
         Raises:
             Refusal: no address is known, or there is no answer in time.
@@ -615,6 +623,8 @@ class Fetcher:
                 guard=None,
                 max_bytes=self._max_bytes,
                 authorization=self.auth.header(deadline) if self.auth else None,
+                content=content,
+                method=method,
             )
         except TimeoutError:
             raise Refusal(

@@ -77,9 +77,10 @@ class ImageInfo:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedImage:
-    """An image's id (hex SHA-256 of its bytes) and its pixels."""
+    """An image's id (hex SHA-256 of its bytes), its bytes and its pixels."""
 
     id: str
+    data: bytes  # as received
     pixels: RGBImage  # H, W, 3; not to be written into
 
     @property
@@ -129,6 +130,30 @@ def decode_image(data: bytes, *, max_pixels: int) -> RGBImage:
                 f"the image file is damaged or incomplete ({type(error).__name__}: {str(error)[:100]}); "
                 "open and save it again with an image editor, and import that"
             ) from None
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether any program reads the pixels of an image file as we do: JPEG or PNG, upright, 8 bits of grey or RGB.
+
+    Args:
+        data: a file that `decode_image` reads.
+    """
+    with _ONE_AT_A_TIME, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open(data)
+        return (
+            image.format in ("JPEG", "PNG")
+            and image.mode in ("RGB", "L")
+            and not image.has_transparency_data
+            and _orientation(image) == 1
+        )
+
+
+def to_png(pixels: RGBImage) -> bytes:
+    """Return pixels, uint8 H, W, 3, as a PNG file."""
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def check_size(image: LoadedImage | ImageInfo, original_width: int, original_height: int) -> None:
@@ -199,7 +224,7 @@ class ImageSource:
         """
         asked = self._clock()
         data = self._fetcher.fetch(uri, task_id)
-        image = LoadedImage(hashlib.sha256(data).hexdigest(), decode_image(data, max_pixels=self._max_pixels))
+        image = LoadedImage(hashlib.sha256(data).hexdigest(), data, decode_image(data, max_pixels=self._max_pixels))
         key = _key(task_id, uri)
         with self._lock:
             self._known[key] = ImageInfo(image.id, image.width, image.height), asked + self._ttl_s

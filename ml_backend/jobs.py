@@ -1,7 +1,9 @@
 """Work that need not happen inside a request: rq queues on Redis, jobs that name their work, JSON arguments.
 
-In this version one queue, `encode`: images of imported tasks are encoded ahead, so that the first click is warm.
-Redis gone means only that images are encoded at their first click; no request waits for it.
+Two queues. `corrections`: events in the inbox are taken into the ledger. `encode`: images of imported tasks are encoded
+ahead, so that the first click is warm. Redis holds nothing that only it knows: what is undone stands in the inbox, from
+where the worker queues it again. Redis gone means that corrections wait and that images are encoded at their first
+click; no request waits for it.
 """
 
 from __future__ import annotations
@@ -12,28 +14,45 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from rq import Queue, SimpleWorker
+from rq import Queue, SimpleWorker, Worker
 from rq.exceptions import DuplicateJobError
+from rq.executions import Execution
+from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from ml_backend.images import TaskImage
+from ml_backend.inbox import Inbox
 from ml_backend.settings import Settings
 from model.types import Refusal
 
-if TYPE_CHECKING:  # a worker that waits shall not hold torch in memory
+if TYPE_CHECKING:  # a worker that waits shall not hold torch in memory, nor scipy
+    from ml_backend.ingest import Intake
     from ml_backend.service import Service
 
 log = logging.getLogger(__name__)
 
+CORRECTIONS = "corrections"
 ENCODE = "encode"
 _LIMIT_S = 120
 _KEEP_FAILED_S = 600  # its id is taken as long, and the image not tried again
+_INGEST_SPARE_S = 30  # of an event beyond the time to fetch its image
+_DRAIN_S = 30.0
+_SETTLE_S = 20.0  # an event that came so recently is on its way by itself
+_MOST_DRAINED = 10_000
+_SPARE_S = 15  # of a job on another machine beyond its limit
+_REDO_ALL_S = 6 * 3600.0  # between reconciliations that look at every task, not at those that changed
 
 
 def connect(url: str) -> redis.Redis:
@@ -49,9 +68,7 @@ def enqueue_encoding(connection: redis.Redis, images: Sequence[TaskImage]) -> No
         redis.RedisError: Redis cannot be reached.
     """
     pairs = [[image.task_id, image.uri] for image in images]
-    _enqueue(
-        Queue(ENCODE, connection=connection, serializer=JSONSerializer), spread, [pairs], f"spread-{_digest(pairs)}"
-    )
+    _enqueue(_queue(ENCODE, connection), spread, [pairs], f"spread-{_digest(pairs)}")
 
 
 def encode_later(service: Service, images: list[TaskImage]) -> int:
@@ -70,17 +87,171 @@ def encode_later(service: Service, images: list[TaskImage]) -> int:
     return sum(service.warm(image) for image in images)
 
 
-def _enqueue(queue: Queue, function: Callable[..., None], args: Sequence[object], job_id: str) -> None:
+class HandOver:
+    """Tells the worker of events, from a thread of its own: no webhook waits for Redis, however slow that is."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Take where Redis is; the thread begins with the first event."""
+        self._settings = settings
+        self._tasks: queue.SimpleQueue[Callable[[redis.Redis], object] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def put(self, key: str) -> None:
+        """Have an event of the inbox taken in."""
+        self._put(partial(enqueue_ingest, self._settings, keys=[key]))
+
+    def close(self) -> None:
+        """End the thread; what it had not handed over stays in the inbox."""
+        with self._starting:
+            if self._thread is not None:
+                self._forget()
+                self._tasks.put(None)
+                self._thread.join()
+
+    def _put(self, task: Callable[[redis.Redis], object]) -> None:
+        if self._settings.redis_url is None:
+            return
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, args=[self._settings.redis_url], name="hand-over", daemon=True
+                )
+                self._thread.start()
+        self._tasks.put(task)
+
+    def _run(self, url: str) -> None:
+        with connect(url) as connection:
+            while (task := self._tasks.get()) is not None:
+                try:
+                    task(connection)
+                except redis.RedisError as error:
+                    waiting = 1 + self._forget()
+                    log.warning(
+                        "Redis does not answer (%s): %d events wait in the inbox until the worker looks there",
+                        *(error, waiting),
+                    )
+                except Exception:
+                    log.exception("an event waits in the inbox until the worker looks there")
+
+    def _forget(self) -> int:
+        """Take back what is still to be handed over, and return how much it was."""
+        forgotten = 0
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if self._tasks.get_nowait() is None:
+                    self._tasks.put(None)
+                    return forgotten
+                forgotten += 1
+        return forgotten
+
+
+def enqueue_ingest(settings: Settings, connection: redis.Redis, *, keys: Iterable[str]) -> None:
+    """Queue events of the inbox to be taken in.
+
+    Raises:
+        redis.RedisError: Redis cannot be reached.
+    """
+    to = _queue(CORRECTIONS, connection)
+    limit_s = int(settings.image_timeout_s) + _INGEST_SPARE_S
+    for key in keys:
+        _enqueue(to, ingest, [key], f"ingest-{key}", limit_s=limit_s, keep_failed_s=60)
+
+
+def drain(settings: Settings, connection: redis.Redis, *, inbox: Inbox, older_than_s: float = _SETTLE_S) -> int:
+    """Queue what the inbox holds undone and nobody is at; return how much it is.
+
+    Args:
+        settings: the limits of a job.
+        connection: to the Redis of the queue.
+        inbox: to look into.
+        older_than_s: what came since then is left to whoever put it there.
+
+    Raises:
+        redis.RedisError: Redis cannot be reached.
+    """
+    requeue_abandoned(connection)
+    to = _queue(CORRECTIONS, connection)
+    busy = {*to.get_job_ids(), *to.started_job_registry.get_job_ids(cleanup=False)}
+    keys = [key for key in inbox.undone(_MOST_DRAINED, older_than_s) if f"ingest-{key}" not in busy]
+    for key in keys:
+        job = to.fetch_job(f"ingest-{key}")
+        if job is not None:  # failed, or lost between queue and worker
+            job.delete()
+    enqueue_ingest(settings, connection, keys=keys)
+    return len(keys)
+
+
+def requeue_abandoned(connection: redis.Redis, names: Sequence[str] = (CORRECTIONS, ENCODE)) -> int:
+    """Queue again the jobs of workers that are no more; rq itself would leave them 'started' for minutes.
+
+    Raises:
+        redis.RedisError: Redis cannot be reached.
+    """
+    found = 0
+    for name in names:
+        to = _queue(name, connection)
+        registry = to.started_job_registry
+        for job_id, execution_id in registry.get_job_and_execution_ids(cleanup=False):
+            try:
+                execution = Execution.fetch(id=execution_id, job_id=job_id, connection=connection)
+            except ValueError:  # nothing is known of it any more
+                execution = Execution(id=execution_id, job_id=job_id, connection=connection)
+            job = to.fetch_job(job_id)
+            if job is not None and _is_at_work(connection, execution, job):
+                continue
+            registry.remove_execution(execution)
+            if job is None or job.get_status(refresh=False) != JobStatus.STARTED:
+                continue
+            log.warning("job %s was left by a worker that is no more, and is queued again", job_id)
+            job.delete()
+            to.enqueue_job(job, at_front=True)
+            found += 1
+    return found
+
+
+def _is_at_work(connection: redis.Redis, execution: Execution, job: Job) -> bool:
+    """Whether the worker that began a job lives: seen by its process on this machine, elsewhere by the time passed."""
+    age_s = time.time() - execution.created_at.timestamp()
+    if not execution.worker_name or age_s > (job.timeout or _LIMIT_S) + _SPARE_S:
+        return False
+    host, pid = connection.hmget(f"{Worker.redis_worker_namespace_prefix}{execution.worker_name}", "hostname", "pid")
+    if host is None or pid is None:
+        return False
+    if host != socket.gethostname().encode():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _queue(name: str, connection: redis.Redis) -> Queue:
+    return Queue(name, connection=connection, serializer=JSONSerializer)
+
+
+def _enqueue(
+    to: Queue,
+    function: Callable[..., None],
+    args: Sequence[object],
+    job_id: str,
+    *,
+    limit_s: int = _LIMIT_S,
+    keep_failed_s: int = _KEEP_FAILED_S,
+) -> None:
     """Queue one job under an id that names its work; queued already is as good."""
     with contextlib.suppress(DuplicateJobError):
-        queue.enqueue_call(
+        to.enqueue_call(
             function,
             args=list(args),
             job_id=job_id,
             unique=True,
-            timeout=_LIMIT_S,
+            timeout=limit_s,
             result_ttl=0,
-            failure_ttl=_KEEP_FAILED_S,
+            failure_ttl=keep_failed_s,
             description=job_id,
         )
 
@@ -94,9 +265,9 @@ def spread(pairs: list[tuple[int | None, str]]) -> None:
     url = Settings().redis_url
     assert url is not None, "a job runs where there is a Redis"
     with connect(url) as connection:
-        queue = Queue(ENCODE, connection=connection, serializer=JSONSerializer)
+        to = _queue(ENCODE, connection)
         for task_id, uri in pairs:
-            _enqueue(queue, encode, [task_id, uri], f"encode-{task_id}-{_digest(uri)}")
+            _enqueue(to, encode, [task_id, uri], f"encode-{task_id}-{_digest(uri)}")
 
 
 @functools.cache
@@ -115,6 +286,25 @@ def encode(task_id: int | None, uri: str) -> None:
         log.warning("task %s is not encoded ahead: %s", task_id, refusal)
 
 
+@functools.cache
+def _intake() -> Intake:
+    """The worker process's own files, opened at its first event."""
+    from ml_backend.ingest import open_intake
+
+    return open_intake(Settings())
+
+
+def ingest(key: str) -> None:
+    """Take one event of the inbox into the ledger, and queue those it was split into."""
+    from ml_backend.ingest import ingest as take_in
+
+    split = take_in(_intake(), key)
+    url = Settings().redis_url
+    if split and url is not None:
+        with connect(url) as connection:
+            enqueue_ingest(Settings(), connection, keys=split)
+
+
 def work(settings: Settings, *, burst: bool = False) -> None:
     """Run jobs until stopped (or, with `burst`, until none is left), below everyone else's priority."""
     if settings.redis_url is None:
@@ -123,12 +313,73 @@ def work(settings: Settings, *, burst: bool = False) -> None:
     connection = redis.Redis.from_url(settings.redis_url)
     try:
         worker = SimpleWorker(
-            [Queue(ENCODE, connection=connection, serializer=JSONSerializer)],
+            [_queue(CORRECTIONS, connection), _queue(ENCODE, connection)],
             connection=connection,
             serializer=JSONSerializer,
         )
-        worker.work(burst=burst, logging_level="WARNING")
+        with _upkeep(settings, once=burst):
+            worker.work(burst=burst, logging_level="WARNING")
     except redis.RedisError as error:
         raise SystemExit(f"Redis does not answer ({error}); the worker ends, and is started again by 'run'") from None
     if _service.cache_info().currsize:
         _service().close()
+    if _intake.cache_info().currsize:
+        _intake().close()
+
+
+@contextmanager
+def _upkeep(settings: Settings, *, once: bool) -> Iterator[None]:
+    """Look into the inbox now and, unless it is for once, every half minute; and fetch what webhooks lost."""
+    if once:
+        _look_after(settings, older_than_s=0)
+        yield
+        return
+    stop = threading.Event()
+    thread = threading.Thread(target=_keep_up, args=[settings, stop], name="upkeep", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(5)
+
+
+def _keep_up(settings: Settings, stop: threading.Event) -> None:
+    wants = settings.reconcile_minutes > 0 and settings.label_studio_url and settings.label_studio_api_key
+    asked_s, whole_s = -float("inf"), -float("inf")  # when Label Studio was asked, and when for everything
+    since_s: float | None = None
+    while True:
+        try:
+            _look_after(settings)
+            now_s = time.monotonic()
+            if wants and now_s - asked_s >= settings.reconcile_minutes * 60:
+                whole = now_s - whole_s >= _REDO_ALL_S
+                asked_s, whole_s, begun_s = now_s, now_s if whole else whole_s, time.time()
+                _fetch_lost(settings, None if whole else since_s)
+                since_s = begun_s
+        except Refusal as refusal:
+            log.warning("corrections could not be compared with Label Studio: %s", refusal)
+        except redis.RedisError as error:
+            log.warning("Redis does not answer (%s): what is undone waits in the inbox", error)
+        except Exception:
+            log.exception("the inbox could not be looked after; it is tried again")
+        if stop.wait(_DRAIN_S):
+            return
+
+
+def _look_after(settings: Settings, *, older_than_s: float = _SETTLE_S) -> None:
+    assert settings.redis_url is not None, "a worker runs where there is a Redis"
+    with connect(settings.redis_url) as connection, closing(Inbox(settings.data_dir / "inbox.sqlite")) as inbox:
+        inbox.prune()
+        drain(settings, connection, inbox=inbox, older_than_s=older_than_s)
+
+
+def _fetch_lost(settings: Settings, since_s: float | None) -> None:
+    from ml_backend.ingest import open_intake
+    from ml_backend.reconcile import reconcile
+
+    with closing(open_intake(settings)) as intake:
+        found = reconcile(settings, intake, since_s=since_s)
+    if found.added or found.deleted:
+        log.info("Label Studio knew of %d annotations more, and %d fewer", found.added, found.deleted)
+        _look_after(settings, older_than_s=0)

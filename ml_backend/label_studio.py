@@ -13,14 +13,18 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from math import cos, isfinite, nextafter, radians, sin
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from active_learning.corrections import Kind
 from ml_backend import brush, outlines
+from ml_backend.answers import Answer
 from ml_backend.label_config import (
     OUTPUT_KINDS,
     ImageTag,
@@ -31,6 +35,9 @@ from ml_backend.label_config import (
     PromptKind,
 )
 from model.types import MAX_PHRASE, Box, Click, Granularity, Mask, Prompt, Refusal
+
+if TYPE_CHECKING:  # who serves clicks shall not hold pycocotools and scipy in memory
+    from model.annotations import Rle
 
 Json = dict[str, Any]
 LevelSource = Literal["number", "label", "attribute", "draft", "default"]
@@ -97,6 +104,39 @@ class BatchAsk:
             task_id=self.task_id,
             item_index=self.item_index,
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class SubmittedRegion:
+    """One region of a submitted annotation that holds a mask: all of a correction but which image it is on."""
+
+    region: str
+    uri: str  # the image, as the task's data name it
+    height: int  # pixels
+    width: int
+    mask: Rle
+    label: str  # class; empty if it has none
+    granularity: float | None  # 0..1; None: unknown
+    phrase: str | None
+    clicks: tuple[Click, ...]
+    kind: Kind
+    proposed: Rle | None  # what we answered, where that is remembered
+    adapter: str | None  # that answered
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Submitted:
+    """A submitted annotation."""
+
+    project: str
+    annotation: int
+    task: int | None
+    annotator: int | None
+    ground_truth: bool
+    skipped: bool  # by the annotator: the regions are unfinished
+    updated_s: float  # UTC
+    regions: tuple[SubmittedRegion, ...]
+    left_out: tuple[tuple[str, str], ...]  # region ids, each with the reason
 
 
 # --- reading ---
@@ -183,17 +223,217 @@ def read_batch(config: LabelConfig, task: Json) -> tuple[BatchAsk, ...]:
     return tuple(found)
 
 
-def read_submitted(annotation: Json) -> list[tuple[str, str]]:
-    """Return id and shape digest of every mask-like region of a submitted annotation; what is none is skipped."""
+def read_corrections(
+    annotation: Json,
+    task: Json,
+    config: LabelConfig,
+    project: str,
+    find_answer: Callable[[str], Answer | None],
+    *,
+    received_s: float,
+    max_pixels: int,
+) -> Submitted:
+    """Return what an annotation says of masks: a region for every id with a brush, bitmask, polygon or rectangle.
+
+    Results with one id are one region. Its level is that of the answer it came from, else a number or level label of
+    its own, else the per-task number; its phrase is typed on it, else the one that was answered for. A box of a smart
+    tag asks for a mask and is none, unless the image has no other tag. Nothing larger than an image of `max_pixels` is
+    ever held.
+
+    Args:
+        annotation: as webhooks and the API carry it, with its whole `result`.
+        task: its task, with `id` and `data`.
+        config: the project's labelling configuration.
+        project: its id.
+        find_answer: gives what we answered under a region id.
+        received_s: UTC; stands for the time of the last change where the annotation names none.
+        max_pixels: width x height above which a region is left out.
+
+    Raises:
+        Refusal: it is no annotation.
+    """
+    number = annotation.get("id")
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise Refusal(f"the annotation has the id {_shown(number)}; expected a whole number")
     results = annotation.get("result")
-    found: dict[str, str] = {}
+    groups: dict[str, _Group] = {}
     for item in results if isinstance(results, list) else ():
-        if not isinstance(item, dict) or _type(item) not in _SHAPES:
+        if isinstance(item, dict) and isinstance(item.get("id"), str):
+            groups.setdefault(item["id"], _Group(item["id"])).items.append(item)
+    slider = {"drafts": [{"result": [item for group in groups.values() for item in group.items]}]}
+    skipped = annotation.get("was_cancelled") is True
+    regions: list[SubmittedRegion] = []
+    left_out: list[tuple[str, str]] = []
+    for group in () if skipped else groups.values():
+        shape = next((item for item in group.items if _type(item) in _SHAPES), None)
+        if shape is None:
             continue
-        region, value = item.get("id"), item.get("value")
-        if isinstance(region, str) and isinstance(value, dict):
-            found.setdefault(region, shape_digest(value))
-    return list(found.items())
+        group.anchor = shape
+        try:
+            regions.append(_submitted(config, group, task, slider, find_answer(group.id), max_pixels))
+        except Refusal as refusal:
+            left_out.append((group.id, str(refusal)))
+    return Submitted(
+        project=project,
+        annotation=number,
+        task=_task_id(task) if task else _whole(annotation.get("task")),
+        annotator=_whole(annotation.get("completed_by")),
+        ground_truth=annotation.get("ground_truth") is True,
+        skipped=skipped,
+        updated_s=changed_s(annotation) or received_s,
+        regions=tuple(regions),
+        left_out=tuple(left_out),
+    )
+
+
+def changed_s(annotation: Json) -> float | None:
+    """Return when an annotation was last changed, UTC seconds; None where it does not say.
+
+    >>> changed_s({"updated_at": "1970-01-01T00:01:00.5Z"})
+    60.5
+    """
+    for key in ("updated_at", "created_at"):
+        given = annotation.get(key)
+        try:
+            moment = datetime.fromisoformat(given) if isinstance(given, str) else None
+            if moment is not None:
+                return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
+            continue
+    return None
+
+
+def pack_shape(value: Json) -> bytes:
+    """Return a value's shape in few bytes, to be remembered; `unpack_shape` gives it back."""
+    if "rle" in value:
+        return b"r" + zlib.compress(bytes(value["rle"]), 1)
+    return b"j" + zlib.compress(json.dumps(value).encode(), 1)
+
+
+def unpack_shape(packed: bytes) -> Json:
+    """Return the value that `pack_shape` was given, as far as its shape goes.
+
+    >>> unpack_shape(pack_shape({"rle": [0, 255], "format": "rle"}))
+    {'rle': [0, 255]}
+    """
+    content = zlib.decompress(packed[1:])
+    return {"rle": list(content)} if packed[:1] == b"r" else dict(json.loads(content))
+
+
+def _submitted(
+    config: LabelConfig, group: _Group, task: Json, slider: Json, answer: Answer | None, max_pixels: int
+) -> SubmittedRegion:
+    from model.annotations import encode
+
+    image = config.image(group.to_name)
+    if image is None:
+        raise Refusal(f"it lies on {_shown(group.to_name)}, and the labelling configuration has no such <Image>")
+    own = [tag for tag in config.outputs if tag.to_name == group.to_name]
+    asking = {tag.name for tag in own if tag.smart and tag.kind == "rectangle"}
+    if _from(group.anchor) in asking and any(tag.name not in asking for tag in own):
+        raise Refusal("it is the box of a smart tag, which asks for a mask and is none")
+    width, height = _size(group)
+    if width * height > max_pixels:
+        raise Refusal(f"its image has {width} x {height} pixels; at most {max_pixels} are read")
+    value = _value(group.anchor)
+    mask = _mask(value, height, width)
+    if not mask.any():
+        raise Refusal("its mask is empty")
+    rle = encode(mask)
+    unchanged = answer is not None and shape_digest(value) == answer.digest
+    proposed: Rle | None = rle if unchanged else None
+    if answer is not None and answer.shape is not None and not unchanged:
+        try:
+            proposed = encode(_mask(unpack_shape(answer.shape), height, width))
+        except (Refusal, ValueError, zlib.error):  # of another size, or damaged
+            proposed = None
+    return SubmittedRegion(
+        region=group.id,
+        uri=_uri(image, task, group.item_index),
+        height=height,
+        width=width,
+        mask=rle,
+        label=_class_of(config, group),
+        granularity=_level_of(config, group, slider, answer),
+        phrase=_phrase_of(config, group, answer),
+        clicks=_clicks(answer),
+        kind=_kind(group.anchor.get("origin"), known=answer is not None, unchanged=unchanged),
+        proposed=proposed,
+        adapter=None if answer is None else answer.adapter,
+    )
+
+
+def _mask(value: Json, height: int, width: int) -> Mask:
+    if "rle" in value:
+        return brush.decode(value["rle"], height=height, width=width)
+    if "imageDataURL" in value:
+        return outlines.from_png_data_url(value["imageDataURL"], height=height, width=width)
+    if "points" in value:
+        points = value["points"]
+        if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
+            raise Refusal("its points are no list of [x, y]")
+        scaled = [
+            (_number(x, "a point's x") / 100 * width, _number(y, "a point's y") / 100 * height) for x, y in points
+        ]
+        return outlines.from_polygon(scaled, height=height, width=width)
+    x, y, w, h = (_number(value.get(key), f"{key} of the rectangle") for key in ("x", "y", "width", "height"))
+    left, top = x / 100 * width, y / 100 * height
+    return outlines.from_rectangle(
+        (left, top, left + w / 100 * width, top + h / 100 * height),
+        height=height,
+        width=width,
+        rotation=_number(value.get("rotation") or 0, "rotation of the rectangle"),
+    )
+
+
+def _class_of(config: LabelConfig, group: _Group) -> str:
+    classes = {tag.name for tag in config.classes}
+    for item in (group.anchor, *(item for item in group.items if _from(item) in classes)):
+        for label in _labels(item):
+            return label
+    return ""
+
+
+def _level_of(config: LabelConfig, group: _Group, slider: Json, answer: Answer | None) -> float | None:
+    """Return the answer's own level first: on accepting, the editor puts the click's label in place of ours."""
+    if answer is not None and answer.granularity is not None:
+        return answer.granularity
+    try:
+        return _level(config, [group], slider, None).value
+    except Refusal:
+        return None
+
+
+def _phrase_of(config: LabelConfig, group: _Group, answer: Answer | None) -> str | None:
+    try:
+        typed = _phrase(config, [group])
+    except Refusal:
+        typed = None
+    return typed or (answer.phrase if answer is not None else None)
+
+
+def _clicks(answer: Answer | None) -> tuple[Click, ...]:
+    try:
+        given = json.loads(answer.prompt)["clicks"] if answer is not None else ()
+        return tuple(Click(x=click["x"], y=click["y"], positive=click["positive"]) for click in given)
+    except (ValueError, KeyError, TypeError):
+        return ()
+
+
+def _kind(origin: object, *, known: bool, unchanged: bool) -> Kind:
+    """Return what became of a region; a prediction that was stored says so itself, unless we know better."""
+    if origin in ("prediction", "prediction-changed"):
+        same = unchanged if known else origin == "prediction"
+        return "predicted" if same else "predicted-changed"
+    if not known:
+        return "drawn"
+    return "accepted" if unchanged else "corrected"
+
+
+def _whole(value: object) -> int | None:
+    """Return an id, which the API writes as a number or as an object with one."""
+    given = value.get("id") if isinstance(value, dict) else value
+    return given if isinstance(given, int) and not isinstance(given, bool) else None
 
 
 def shape_digest(value: Mapping[str, Any]) -> str:

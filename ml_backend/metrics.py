@@ -17,7 +17,12 @@ PREDICTIONS = Counter(
 EMBEDDINGS = Counter("graco_embeddings_total", "where an embedding came from: memory, disk, encoded", ["source"])
 EMBEDDING_BYTES = Gauge("graco_embedding_memory_bytes", "embeddings held in memory")
 REPEATED = Counter("graco_repeated_answers_total", "prompts answered from memory, no decoder run")
-REGIONS = Counter("graco_regions_total", "regions in submitted annotations: accepted, corrected, drawn", ["kind"])
+REGIONS = Gauge(  # of all processes, as the inbox counts them
+    "graco_regions_total",
+    "regions in submitted annotations: accepted, corrected, drawn, predicted, predicted-changed",
+    ["kind"],
+)
+EVENTS = Gauge("graco_events", "events in the inbox: undone, done, failed", ["state"])
 PHRASES = Counter(
     "graco_phrases_total",
     "phrases typed: known, part (taken as a level), unknown (answered as if there were none)",

@@ -24,6 +24,7 @@ from ml_backend.label_studio import (
     answer,
     choose_output,
     empty_answer,
+    pack_shape,
     read_ask,
     read_batch,
     shape_digest,
@@ -31,6 +32,7 @@ from ml_backend.label_studio import (
     write_regions,
 )
 from ml_backend.service import Service, timed
+from ml_backend.serving import Serving
 from model.segmenter import Segmenter
 from model.text import names_part
 from model.types import Granularity, Prediction, Prompt, Refusal
@@ -46,6 +48,7 @@ class Shaped:
 
     values: list[Json]
     digests: list[str]  # of each value
+    packed: list[bytes]  # each value, to be remembered
     score: float
     granularity: Granularity | None
     adapter: str | None  # that made it; None: base weights
@@ -61,30 +64,53 @@ def predict_tasks(
         config: the project's labelling configuration.
         tasks: as Label Studio sends them; only id, data and, with a per-task number, drafts are read.
         context: what the annotator drew; None: a batch.
-        project: remembered with the answers.
+        project: whose version answers; remembered with the answers.
     """
+    request = _Request(service, project)
     if context is None:
-        return _batch(service, config, tasks, project)
-    return [_served(service, task, partial(_interactive, service, config, task, context, project)) for task in tasks]
+        return _batch(request, config, tasks)
+    return [_served(request, task, partial(_interactive, request, config, task, context)) for task in tasks]
 
 
-def _served(service: Service, task: Json, make: Callable[[], Json]) -> Json:
+class _Request:
+    """Who asks, and what answers: asked for once, when there is something to answer."""
+
+    def __init__(self, service: Service, project: str | None) -> None:
+        self.service = service
+        self.project = project
+        self._serving: Serving | None = None
+
+    @property
+    def serving(self) -> Serving:
+        """What answers all of this request, waiting while it is loaded."""
+        if self._serving is None:
+            self._serving = self.service.serving(self.project)
+        return self._serving
+
+    @property
+    def model_version(self) -> str:
+        """The name of what answers, or would."""
+        return self.service.version(self.project) if self._serving is None else self._serving.model_version
+
+
+def _served(request: _Request, task: Json, make: Callable[[], Json]) -> Json:
     """Return what `make` gives, or an empty result with the reason: what one task lacks, the others shall not miss."""
     try:
         return make()
     except Refusal as refusal:
         metrics.PREDICTIONS.labels("refused").inc()
         log.warning("task %s is answered with nothing: %s", task.get("id"), refusal)
-        return empty_answer(service.model_version, str(refusal))
+        return empty_answer(request.model_version, str(refusal))
     except Exception:
         metrics.PREDICTIONS.labels("failed").inc()
         log.exception("task %s is answered with nothing, by an error of our own", task.get("id"))
         reason = f"internal error {logs.request_id.get()}; the log has the details under this id"
-        return empty_answer(service.model_version, reason)
+        return empty_answer(request.model_version, reason)
 
 
-def _interactive(service: Service, config: LabelConfig, task: Json, context: Json, project: str | None) -> Json:
+def _interactive(request: _Request, config: LabelConfig, task: Json, context: Json) -> Json:
     start = time.perf_counter()
+    service = request.service
     default = service.settings.default_granularity
     ask = read_ask(
         config,
@@ -94,21 +120,21 @@ def _interactive(service: Service, config: LabelConfig, task: Json, context: Jso
     )
     if ask is None:  # the editor asks so by itself after each submit
         metrics.PREDICTIONS.labels("nothing_asked").inc()
-        return empty_answer(service.model_version)
+        return empty_answer(request.model_version)
     output = choose_output(config, ask.to_name, ask.class_label)
     image = TaskImage(ask.task_id, ask.uri)
     info = service.identify(image)
     check_size(info, ask.width, ask.height)
-    segmenter = service.segmenter()
+    segmenter = request.serving.segmenter
     prompt = segmenter.understood(ask.prompt)
     proposals = _ALL_LEVELS if ask.all_levels else service.settings.propose
     shaped = _shaped(service, segmenter, image, info, prompt, output.kind, proposals)
-    regions = _write(service, config, ask, output, info, shaped, project, phrase=prompt.phrase)
+    regions = _write(request, config, ask, output, info, shaped, phrase=prompt.phrase)
     if not regions:
         raise Refusal("the model finds nothing at these clicks; click inside the object, or draw a box around it")
     metrics.PREDICTIONS.labels("answered").inc()
     log.info(
-        "task %s: %d clicks, level %s, phrase %s, %d regions by %s in %.0f ms",
+        "task %s: %d clicks, level %s, phrase %s, %d regions by %s (%s) in %.0f ms",
         *(
             ask.task_id,
             len(prompt.clicks),
@@ -116,9 +142,9 @@ def _interactive(service: Service, config: LabelConfig, task: Json, context: Jso
             prompt.phrase,
             len({item["id"] for item in regions}),
         ),
-        *(shaped[0].adapter or segmenter.version, (time.perf_counter() - start) * 1000),
+        *(shaped[0].adapter or segmenter.version, request.model_version, (time.perf_counter() - start) * 1000),
     )
-    answered = answer(regions, max(one.score for one in shaped), service.model_version)
+    answered = answer(regions, max(one.score for one in shaped), request.model_version)
     return answered | _phrase_note(ask, segmenter, prompt)
 
 
@@ -158,27 +184,31 @@ def _shape(prediction: Prediction, kind: OutputKind) -> tuple[Shaped, ...]:
         for proposal in prediction.proposals:
             values = shape_values(kind, proposal.mask)
             digests = [shape_digest(value) for value in values]
-            shaped.append(Shaped(values, digests, proposal.score, proposal.granularity, prediction.adapter))
+            packed = [pack_shape(value) for value in values]
+            shaped.append(Shaped(values, digests, packed, proposal.score, proposal.granularity, prediction.adapter))
         return tuple(shaped)
 
 
 def _weigh(shaped: tuple[Shaped, ...]) -> int:
     """Return roughly the bytes that kept shapes take: a list's entry is a pointer, a point two numbers and a list."""
     values = [value for one in shaped for value in one.values]
-    return 500 + sum(
-        8 * len(value.get("rle", ())) + len(value.get("imageDataURL", "")) + 120 * len(value.get("points", ()))
-        for value in values
+    return (
+        500
+        + sum(len(packed) for one in shaped for packed in one.packed)
+        + sum(
+            8 * len(value.get("rle", ())) + len(value.get("imageDataURL", "")) + 120 * len(value.get("points", ()))
+            for value in values
+        )
     )
 
 
 def _write(
-    service: Service,
+    request: _Request,
     config: LabelConfig,
     ask: Ask,
     output: OutputTag,
     info: ImageInfo,
     shaped: Sequence[Shaped],
-    project: str | None,
     *,
     phrase: str | None = None,
 ) -> list[Json]:
@@ -192,7 +222,7 @@ def _write(
             config,
             output,
             one.values,
-            model_version=service.model_version,
+            model_version=request.model_version,
             score=one.score,
             granularity=one.granularity,
             index=index,
@@ -203,24 +233,26 @@ def _write(
         answers += [
             Answer(
                 region_id=region_id,
-                project=project,
+                project=request.project,
                 task_id=ask.task_id,
                 image_id=info.id,
                 digest=digest,
                 prompt=prompt,
                 granularity=granularity,
-                model_version=service.model_version,
+                model_version=request.model_version,
                 phrase=phrase,
                 adapter=one.adapter,
+                shape=shape,
             )
-            for region_id, digest in zip(ids, one.digests, strict=True)
+            for region_id, digest, shape in zip(ids, one.digests, one.packed, strict=True)
         ]
-    service.answers.remember(answers)
+    request.service.answers.remember(answers)
     return regions
 
 
-def _batch(service: Service, config: LabelConfig, tasks: Sequence[Json], project: str | None) -> list[Json]:
+def _batch(request: _Request, config: LabelConfig, tasks: Sequence[Json]) -> list[Json]:
     """Return whole-image proposals where the operator wants them; else have the images encoded and return nothing."""
+    service = request.service
     if not service.settings.prelabel:
         images = [image for task in tasks for image in _images(config, task)]
         if len(tasks) == 1:  # a task was opened: its first click is near
@@ -228,9 +260,9 @@ def _batch(service: Service, config: LabelConfig, tasks: Sequence[Json], project
                 service.warm(image)
         elif images:
             encode_later(service, images)
-        return [empty_answer(service.model_version) for _ in tasks]
+        return [empty_answer(request.model_version) for _ in tasks]
     deadline_s = time.monotonic() + service.settings.prelabel_limit_s
-    return [_served(service, task, partial(_prelabel, service, config, task, project, deadline_s)) for task in tasks]
+    return [_served(request, task, partial(_prelabel, request, config, task, deadline_s)) for task in tasks]
 
 
 def _images(config: LabelConfig, task: Json) -> list[TaskImage]:
@@ -241,16 +273,17 @@ def _images(config: LabelConfig, task: Json) -> list[TaskImage]:
         return []
 
 
-def _prelabel(service: Service, config: LabelConfig, task: Json, project: str | None, deadline_s: float) -> Json:
+def _prelabel(request: _Request, config: LabelConfig, task: Json, deadline_s: float) -> Json:
     regions: list[Json] = []
     scores: list[float] = []
     for batch in read_batch(config, task):
         if time.monotonic() > deadline_s:
             raise Refusal("no time is left for this task; retrieve predictions for fewer tasks at once")
         output = choose_output(config, batch.to_name, None)
-        proposals, info = service.propose(TaskImage(batch.task_id, batch.uri), deadline_s=deadline_s)
+        image, segmenter = TaskImage(batch.task_id, batch.uri), request.serving.segmenter
+        proposals, info = request.service.propose(segmenter, image, deadline_s=deadline_s)
         shaped = _shape(Prediction(proposals=proposals), output.kind)
         scores += [one.score for one in shaped]
-        regions += _write(service, config, batch.sized(info.width, info.height), output, info, shaped, project)
+        regions += _write(request, config, batch.sized(info.width, info.height), output, info, shaped)
     metrics.PREDICTIONS.labels("answered").inc()
-    return answer(regions, sum(scores) / len(scores) if scores else 0.0, service.model_version)
+    return answer(regions, sum(scores) / len(scores) if scores else 0.0, request.model_version)

@@ -14,15 +14,19 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from active_learning.registry import AdapterRegistry
 from ml_backend import metrics
 from ml_backend.answers import AnswerStore
 from ml_backend.embeddings import EmbeddingCache
 from ml_backend.fetch import make_fetcher
 from ml_backend.images import ImageInfo, ImageSource, TaskImage
+from ml_backend.inbox import Inbox
+from ml_backend.jobs import HandOver
+from ml_backend.serving import ActiveVersions, Serving, lines_of, version_name
 from ml_backend.settings import Settings
 from model.proposals import whole_image
 from model.segmenter import (
@@ -44,6 +48,8 @@ log = logging.getLogger(__name__)
 WEIGHTS = BUNDLED
 FAMILY = "light"
 ADAPTER = BUNDLED_ADAPTER
+CLICKED = "clicked"
+"""File in the data folder that is touched at each click."""
 _STATES = 48  # earlier steps kept, 1 to 1.4 MiB each
 _WARM_QUEUE = 64  # images waiting to be encoded in the background
 _LOAD_LIMIT_S = 90  # Label Studio gives up a prediction after 100 s
@@ -119,10 +125,33 @@ def adapter_file(settings: Settings) -> Path | None:
     return ADAPTER if settings.adapter == "bundled" else None
 
 
-def serving_version(settings: Settings) -> str:
-    """Return what Label Studio shows as our version: base and adapter, such as light-1a2b3c4d+granularity-5e6f7a8b.
+def open_registry(settings: Settings) -> AdapterRegistry:
+    """Return the adapter versions of the data directory that fit the base weights.
 
-    Nothing is loaded: it is known at once.
+    Raises:
+        Refusal: the base weights cannot be read.
+    """
+    return AdapterRegistry(settings.data_dir / "adapters", base=digest_of(read_weights(WEIGHTS)))
+
+
+def serving_version(settings: Settings, project: str | int | None = None) -> str:
+    """Return what Label Studio shows as our version: base and adapter, or base, line and version in that line.
+
+    Such as light-1a2b3c4d+granularity-5e6f7a8b, or light-1a2b3c4d+project-3-v0002-5e6f7a8b. Nothing is loaded: it is
+    known at once.
+
+    Raises:
+        Refusal: one of the files cannot be read.
+    """
+    registry = open_registry(settings)
+    for line in lines_of(settings, project):
+        if (version := registry.active_id(line)) is not None:
+            return version_name(FAMILY, registry.base, line, version)
+    return configured_version(settings)
+
+
+def configured_version(settings: Settings) -> str:
+    """Return the version of base and configured adapter, which serve where no line has a version.
 
     Raises:
         Refusal: one of the files cannot be read.
@@ -149,13 +178,18 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         """Prepare everything but the model; `start` loads it in the background."""
         self.settings = settings
-        self.model_version = serving_version(settings)
+        self.registry = open_registry(settings)
+        self._configured = configured_version(settings)
+        self._active = ActiveVersions(self.registry, settings, FAMILY, lambda: self._model()[0])
         self.images = ImageSource(
             make_fetcher(settings),
             max_pixels=settings.image_max_megapixels * 10**6,
             ttl_s=settings.image_ttl_s,
         )
+        self._clicked = settings.data_dir / CLICKED
         self.answers = AnswerStore(settings.data_dir / "answers.sqlite", limit=settings.remembered_answers)
+        self.inbox = Inbox(settings.data_dir / "inbox.sqlite")
+        self.hand_over = HandOver(settings)
         self.shapes: BoundedCache[Any] = BoundedCache(64 * 2**20)  # answers ready to send, by approximate bytes
         self._states: BoundedCache[State] = BoundedCache(_STATES)
         self._segmenter: Segmenter | None = None
@@ -182,8 +216,16 @@ class Service:
         self._background.shutdown(wait=True, cancel_futures=True)
         if self._loader is not None:
             self._loader.join()
+        self._active.close()
+        self.hand_over.close()
         self.images.close()
+        self.inbox.close()
         self.answers.close()
+
+    def note_click(self) -> None:
+        """Say that somebody clicks: trainings on this machine wait a moment (`ml_backend.trainings.Patience`)."""
+        with suppress(OSError):
+            self._clicked.touch()
 
     @property
     def ready(self) -> bool:
@@ -226,13 +268,35 @@ class Service:
         finally:
             self._loaded.set()
 
-    def segmenter(self) -> Segmenter:
-        """Return what answers now, waiting while it is loaded: to be asked for once per request.
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on active versions that cannot be loaded; others serve in their place."""
+        return self._active.failures()
+
+    def version(self, project: str | int | None) -> str:
+        """Return the name of what answers a project, as Label Studio sends it (None: any), without waiting for it."""
+        return self._active.version(project) or self._configured
+
+    def versions(self, project: str | int | None) -> list[str]:
+        """Return the names of all versions that may answer a project: the one that does, then the others by line."""
+        names = [
+            version_name(FAMILY, self.registry.base, line, version.id)
+            for line in lines_of(self.settings, project)
+            for version in reversed(self.registry.versions(line))
+        ]
+        return list(dict.fromkeys([self.version(project), *names, self._configured]))
+
+    def serving(self, project: str | int | None) -> Serving:
+        """Return what answers a project now, waiting while it is loaded: to be asked for once per request.
+
+        Args:
+            project: as Label Studio sends it; None: any.
 
         Raises:
-            Refusal: it could not be loaded.
+            Refusal: the model could not be loaded.
         """
-        return self._model()[0]
+        segmenter, _ = self._model()
+        return self._active.serving(project) or Serving(segmenter, self._configured)
 
     def _model(self) -> tuple[Segmenter, EmbeddingCache]:
         self.start()
@@ -305,9 +369,10 @@ class Service:
             memo = _Memo(self._states, info.id, segmenter.adapter)
             return predict(segmenter, encoded, prompt, memo=memo, proposals=proposals)
 
-    def propose(self, image: TaskImage, *, deadline_s: float) -> tuple[tuple[Proposal, ...], ImageInfo]:
+    def propose(
+        self, segmenter: Segmenter, image: TaskImage, *, deadline_s: float
+    ) -> tuple[tuple[Proposal, ...], ImageInfo]:
         """Return whole-image proposals with scores, best first, stopping at `deadline_s` (of time.monotonic)."""
-        segmenter, _ = self._model()
         encoded, info = self._encoded(image, self.images.identify(image.task_id, image.uri))
         with timed("decode"):
             found = whole_image(segmenter, encoded, until=lambda: time.monotonic() > deadline_s)
@@ -324,13 +389,13 @@ class Service:
         self._background.submit(self._warm, image)
         return True
 
-    def encode_ahead(self, image: TaskImage) -> None:
-        """Encode an image now, unless a cache has it.
+    def encode_ahead(self, image: TaskImage) -> tuple[Encoded, ImageInfo]:
+        """Return an image as it is encoded, now unless a cache has it.
 
         Raises:
             Refusal: it cannot be had or read.
         """
-        self._encoded(image, self.images.identify(image.task_id, image.uri))
+        return self._encoded(image, self.images.identify(image.task_id, image.uri))
 
     def _warm(self, image: TaskImage) -> None:
         try:

@@ -64,6 +64,28 @@ class Settings(BaseSettings):
     prelabel: bool = Field(False, description="answer batch predictions with whole-image proposals instead of nothing")
     prelabel_limit_s: float = Field(60, gt=0, description="time for one batch prediction; Label Studio waits 100 s")
 
+    adapter_line: Literal["project", "shared"] = Field(
+        "project", description="whose corrections make whose adapter: project, each its own; shared, one for all"
+    )
+
+    train_after: int = Field(50, ge=0, description="new corrections that make a training due; 0: never by their number")
+    train_every_hours: float = Field(0, ge=0, description="hours after which new corrections make one due; 0: never")
+    train_at_night: str | None = Field(
+        None, pattern=r"^([01]?\d|2[0-3])-([01]?\d|2[0-3])$", description="hours, UTC, to train in once a night: 22-6"
+    )
+    train_steps: int = Field(0, ge=0, description="steps of a training; 0: by the number of corrected masks")
+    train_device: Literal["auto", "cpu"] = Field(
+        "cpu", description="where trainings run: cpu, or auto: a GPU if there is one"
+    )
+    train_threads: int = Field(0, ge=0, description="CPU threads of a training; 0: half of the cores")
+    train_memory_mb: int = Field(4096, ge=0, description="memory a training may take; 0: no limit")
+    train_limit_minutes: float = Field(60, gt=0, description="time a training may take before it is judged")
+    train_too_few: Literal["ask", "publish"] = Field(
+        "ask", description="too few held-out masks to judge by: ask the admin, or publish what loses nowhere else"
+    )
+
+    reconcile_minutes: float = Field(10, ge=0, description="minutes between looks for what webhooks lost; 0: never")
+
     redis_url: str | None = Field(None, description="Redis to use; none: a bundled server under the data directory")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="how much is logged")
     log_json: bool = Field(False, description="log lines as JSON instead of readable text")

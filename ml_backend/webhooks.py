@@ -1,7 +1,7 @@
 """What Label Studio reports: tasks imported, annotations submitted, settings changed, training wanted.
 
-Label Studio waits one second and does not retry, so everything here is quick. Submitted regions are compared with
-the remembered answers and counted; learning from them is the [learning] work.
+Label Studio waits one second and does not retry, so an event is written down (`inbox`), answered, and acted on
+elsewhere (`ingest`, by the worker).
 """
 
 from __future__ import annotations
@@ -9,52 +9,88 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ml_backend import metrics
+import msgspec
+
 from ml_backend.images import TaskImage
+from ml_backend.ingest import ACTIONS
 from ml_backend.jobs import encode_later
 from ml_backend.label_config import read_config
-from ml_backend.label_studio import read_batch, read_submitted
+from ml_backend.label_studio import read_batch
 from ml_backend.service import Service
+from ml_backend.serving import lines_of
+from ml_backend.trainings import request
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
 
 
-def handle_event(service: Service, event: dict[str, Any]) -> dict[str, Any]:
-    """Act on one event and return the answer; an action we do not know is acknowledged.
+class EventBody(msgspec.Struct):
+    """POST /webhook; what else it holds is kept as it came, and read later."""
+
+    action: str | None = None
+    project: msgspec.Raw = msgspec.Raw(b"null")
+    tasks: msgspec.Raw = msgspec.Raw(b"null")
+
+
+def handle_event(service: Service, event: EventBody, body: bytes) -> dict[str, Any]:
+    """Write one event down or act on it, and return the answer; an action we do not know is acknowledged.
+
+    Args:
+        service: whose inbox it goes to.
+        event: what is read of it at once.
+        body: all of it, as it came.
 
     Raises:
         Refusal: the event has no action.
+        sqlite3.Error: it could not be written down.
     """
-    action = event.get("action")
-    if not isinstance(action, str):
+    if event.action is None:
         raise Refusal("the event has no 'action'; is this request from Label Studio's webhooks?")
-    if action == "TASKS_CREATED":
-        queued = _encode_tasks(service, event)
-        return {"status": "ok", "queued": queued}
-    if action in ("ANNOTATION_CREATED", "ANNOTATION_UPDATED"):
-        _count_regions(service, event.get("annotation"))
-    elif action == "ANNOTATIONS_CREATED":
-        annotations = event.get("annotation")
-        for annotation in annotations if isinstance(annotations, list) else ():
-            _count_regions(service, annotation)
-    elif action == "START_TRAINING":
-        log.warning("training was asked for, but this version does not train yet; nothing was started")
-        return {"status": "ok", "message": "this version does not train yet; nothing was started"}
-    return {"status": "ok"}
+    if event.action == "START_TRAINING":
+        return start_training(service, msgspec.json.decode(event.project))
+    answer: dict[str, Any] = {"status": "ok"}
+    keep = event.action in ACTIONS
+    if event.action == "TASKS_CREATED":
+        tasks = msgspec.json.decode(event.tasks)
+        tasks = [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
+        keep = any(task.get("annotations") for task in tasks)
+        answer["queued"] = _encode_tasks(service, msgspec.json.decode(event.project), tasks)
+    if keep:
+        service.hand_over.put(service.inbox.add(body, event.action))
+    else:
+        log.debug("event %s brings nothing to keep", event.action)
+    return answer
 
 
-def _encode_tasks(service: Service, event: dict[str, Any]) -> int:
-    project, tasks = event.get("project"), event.get("tasks")
+def start_training(service: Service, project: object) -> dict[str, Any]:
+    """Ask for a training on a project's corrections, and return its id as `job`.
+
+    Args:
+        service: whose settings name the line of adapters.
+        project: as Label Studio sends it: an object with an id, or an id.
+
+    Raises:
+        Refusal: it does not say which project.
+    """
+    number = project.get("id") if isinstance(project, dict) else project
+    line = lines_of(service.settings, number if isinstance(number, str | int) else None)[0]
+    if number is None:
+        raise Refusal("the request does not say which project to train for")
+    status = request(service.settings, line, "Start Training in Label Studio")
+    log.info("training %s of %s was asked for", status.id, line)
+    return {"status": "ok", "job": status.id}
+
+
+def _encode_tasks(service: Service, project: object, tasks: list[dict[str, Any]]) -> int:
     text = project.get("label_config") if isinstance(project, dict) else None
-    if not isinstance(text, str) or not isinstance(tasks, list):
+    if not isinstance(text, str):
         return 0
     images: list[TaskImage] = []
     try:
         config = read_config(text)
         for task in tasks:
             try:
-                asked = read_batch(config, task) if isinstance(task, dict) else ()
+                asked = read_batch(config, task)
             except Refusal as refusal:
                 log.warning("an imported task is not encoded ahead: %s", refusal)
                 continue
@@ -64,15 +100,3 @@ def _encode_tasks(service: Service, event: dict[str, Any]) -> int:
     if not images:
         return 0
     return encode_later(service, images)
-
-
-def _count_regions(service: Service, annotation: object) -> None:
-    if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
-        return
-    kinds = [service.answers.judge(region_id, digest) for region_id, digest in read_submitted(annotation)]
-    for kind in kinds:
-        metrics.REGIONS.labels(kind).inc()
-    if kinds:
-        log.info(
-            "annotation %s: %s", annotation.get("id"), ", ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds)))
-        )

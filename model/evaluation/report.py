@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -295,6 +295,22 @@ def _draw_curves(path: Path, numbers: Sequence[Numbers]) -> bool:
     return True
 
 
+def draw_click_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Draw IoU over clicks, side by side for each title, a line for each name.
+
+    Args:
+        path: the PNG file.
+        curves: title to name to mean IoU after 1, 2, ... clicks; at least one title.
+    """
+    drawing = Drawing(figsize=(6 * len(curves), 5), layout="constrained")
+    for axes, (title, lines) in zip(drawing.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for name, ious in lines.items():
+            axes.plot(range(1, len(ious) + 1), ious, "o-", label=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _dress(axes, title, "clicks")
+    _write(path, lambda draft: drawing.savefig(draft, dpi=90))
+
+
 def _dress(axes: Axes, title: str, across: str) -> None:
     axes.set(title=title, xlabel=across, ylabel="mean IoU", ylim=(0, 1))
     axes.grid(alpha=0.3)
@@ -307,7 +323,11 @@ def _dress(axes: Axes, title: str, across: str) -> None:
 
 def draw_sheet(path: Path, benches: Sequence[Bench]) -> None:
     """Draw a row for each mask: photo with click and true outline, base, own level, phrase, and levels 0.1 to 1.0."""
-    rows = [_sheet_row(bench) for bench in benches]
+    draw_rows(path, [_sheet_row(bench) for bench in benches])
+
+
+def draw_rows(path: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
+    """Draw a sheet of rows of cells, each row as high as its first cell; at least one row of one cell."""
     width = max(sum(cell.width for cell in row) for row in rows)
     sheet = Image.new("RGB", (width, sum(row[0].height for row in rows)), "white")
     top = 0
@@ -323,23 +343,32 @@ def draw_sheet(path: Path, benches: Sequence[Bench]) -> None:
 def _sheet_row(bench: Bench) -> list[Image.Image]:
     pixels, base, adapted = bench.scene.pixels(), bench.models.base, bench.models.adapted
     name = bench.mask.name
-    cells = [_cell(pixels, None, bench.truth, bench.first, f"{name or bench.mask.level} {bench.own.value}")]
+    cells = [draw_cell(pixels, None, bench.truth, bench.first, f"{name or bench.mask.level} {bench.own.value}")]
 
     def show(label: str, mask: Mask, iou: float) -> None:
-        cells.append(_cell(pixels, mask, bench.truth, bench.first, f"{label}: {iou:.2f}"))
+        cells.append(draw_cell(pixels, mask, bench.truth, bench.first, f"{label}: {iou:.2f}"))
 
     show("base", *bench.answer(base))
     show(f"own level {bench.own.value}", *bench.answer(adapted, granularity=bench.own))
     if name not in NAMELESS:
         show("phrase", *bench.answer(adapted, phrase=name))
     else:
-        cells.append(_cell(pixels, None, bench.truth, bench.first, "no phrase"))
+        cells.append(draw_cell(pixels, None, bench.truth, bench.first, "no phrase"))
     for level in (1, 2, 3, 4, 5, 6, 8, 10):
         show(f"{level / 10}", *bench.answer(adapted, granularity=Granularity(level)))
     return cells
 
 
-def _cell(pixels: RGBImage, mask: Mask | None, truth: Mask, click: Click, label: str) -> Image.Image:
+def draw_cell(pixels: RGBImage, mask: Mask | None, truth: Mask, click: Click, label: str) -> Image.Image:
+    """Return a small photo with a click, the outline of the true mask, a mask tinted, and a label above.
+
+    Args:
+        pixels: the photo, uint8 H, W, 3.
+        mask: what is tinted; None: nothing.
+        truth: what is outlined, bool H, W.
+        click: the dot.
+        label: a few words.
+    """
     shown: npt.NDArray[np.floating] = pixels.astype(np.float32)
     if mask is not None:
         shown[mask] = 0.45 * shown[mask] + 0.55 * _TINT

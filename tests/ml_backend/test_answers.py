@@ -1,4 +1,4 @@
-"""What we answered, remembered and bounded, so that a submitted region can be told accepted, corrected or drawn."""
+"""What we answered, remembered and bounded, so that what becomes of it can be told."""
 
 import os
 import sqlite3
@@ -22,6 +22,7 @@ def answer(region_id="r1", digest="d1"):
         model_version="light-1",
         phrase="wheel",
         adapter="light-granularity-1",
+        shape=b"rshape",
     )
 
 
@@ -36,11 +37,9 @@ def store(path):
         yield store
 
 
-def test_a_region_is_accepted_when_unchanged_corrected_when_changed_and_else_drawn(store):
+def test_a_region_that_was_not_ours_is_not_found(store):
     store.remember([answer()])
-    assert store.judge("r1", "d1") == "accepted"
-    assert store.judge("r1", "other") == "corrected"
-    assert store.judge("r2", "d1") == "drawn"
+    assert store.find("r2") is None
 
 
 def test_an_answer_comes_back_as_it_was_remembered_also_after_a_restart(store, path):
@@ -61,7 +60,8 @@ def test_a_file_of_the_first_version_is_gone_on_with(path):
             INSERT INTO answers VALUES ('r0', '3.1', 7, 'i', 'd0', '{}', 0.5, 'light-1', 1.0);""")
     with closing(AnswerStore(path, limit=100)) as store:
         store.remember([answer()])
-        assert (store.find("r0").digest, store.find("r0").adapter, store.find("r0").phrase) == ("d0", None, None)
+        old = store.find("r0")
+        assert (old.digest, old.adapter, old.phrase, old.shape) == ("d0", None, None, None)
         assert store.find("r1") == answer()
 
 
@@ -69,7 +69,7 @@ def test_a_region_answered_again_replaces_itself(store):
     store.remember([answer(digest="old")])
     store.remember([answer(digest="new")])
     assert len(store) == 1
-    assert store.judge("r1", "new") == "accepted"
+    assert store.find("r1").digest == "new"
 
 
 def test_the_oldest_answers_are_forgotten(store):
@@ -100,14 +100,14 @@ def test_a_damaged_file_is_put_aside_and_remembering_begins_anew(path, caplog):
     path.write_bytes(os.urandom(5000))
     with closing(AnswerStore(path, limit=100)) as store:
         store.remember([answer()])
-        assert store.judge("r1", "d1") == "accepted"
+        assert store.find("r1") == answer()
     assert "is damaged" in caplog.text
     assert len(list(path.parent.glob("answers.damaged-*"))) == 1
 
 
-def test_a_table_that_was_lost_meanwhile_makes_regions_count_as_drawn(store, path, caplog):
+def test_a_table_that_was_lost_meanwhile_is_as_if_nothing_was_remembered(store, path, caplog):
     with closing(sqlite3.connect(path)) as other:
         other.execute("DROP TABLE answers")
     store.remember([answer()])
-    assert store.judge("r1", "d1") == "drawn"
+    assert store.find("r1") is None
     assert "cannot be read" in caplog.text

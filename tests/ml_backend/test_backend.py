@@ -62,7 +62,8 @@ def test_fit_counts_regions_as_our_own_webhook_does(backend, counted):
     event = recorded("40")
     assert backend().fit("ANNOTATION_CREATED", event) == {"status": "ok"}
     assert counted("graco_regions_total", kind="drawn") > 0
-    assert "does not train" in backend().fit("START_TRAINING", {}, job_id="1")["message"]
+    job = backend().fit("START_TRAINING", {"project": {"id": 3}}, job_id="1")["job"]
+    assert job.startswith("train-project-3-")
 
 
 def test_2x_is_told_our_version_when_it_builds_the_class(backend, service):
@@ -70,7 +71,7 @@ def test_2x_is_told_our_version_when_it_builds_the_class(backend, service):
     model = backend()
     model.set = lambda key, value: told.update({key: value})
     model.setup()
-    assert told == {"model_version": service.model_version}
+    assert told == {"model_version": service.version(None)}
 
 
 def test_setup_and_predict_work_under_the_server_of_1_0_9(hosted, service):
@@ -80,9 +81,9 @@ def test_setup_and_predict_work_under_the_server_of_1_0_9(hosted, service):
     assert answer.status_code == 200, answer.text
     results = hosted.post("/predict", json=body).json["results"]
     assert results[0]["result"][0]["type"] == "brushlabels"
-    assert results[0]["model_version"] == service.model_version
+    assert results[0]["model_version"] == service.version(None)
     assert hosted.post("/predict", json=recorded("50")).json["results"] == [
-        {"result": [], "score": 0.0, "model_version": service.model_version}
+        {"result": [], "score": 0.0, "model_version": service.version(None)}
     ] * len(recorded("50")["tasks"])
 
 

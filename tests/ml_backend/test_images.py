@@ -287,7 +287,7 @@ def test_large_images_are_converted_in_bands_without_seams():
 
 
 def test_sizes_that_agree_pass_and_others_name_both():
-    image = LoadedImage("0" * 64, np.zeros((30, 40, 3), np.uint8))
+    image = LoadedImage("0" * 64, b"", np.zeros((30, 40, 3), np.uint8))
     check_size(image, 40, 30)
     check_size(ImageInfo("0" * 64, 40, 30), 40, 30)
     with pytest.raises(Refusal, match=r"40 x 30 pixels here, but 30 x 40 in Label Studio; .*EXIF"):

@@ -1,19 +1,36 @@
 """Real Redis, real worker: imported images are encoded ahead, into the files every web process reads."""
 
+import json
 import os
 import subprocess
 import sys
+import time
+from contextlib import closing
 
 import pytest
 import redis
-from rq import Queue
+from rq import Queue, SimpleWorker
+from rq.job import JobStatus
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
 import ml_backend.jobs
 from ml_backend.app import create_app
 from ml_backend.images import TaskImage
-from ml_backend.jobs import ENCODE, connect, encode_later, enqueue_encoding, spread, work
+from ml_backend.inbox import Inbox
+from ml_backend.ingest import open_intake
+from ml_backend.jobs import (
+    CORRECTIONS,
+    ENCODE,
+    connect,
+    drain,
+    encode_later,
+    enqueue_encoding,
+    enqueue_ingest,
+    requeue_abandoned,
+    spread,
+    work,
+)
 from tests.conftest import ROOT
 from tests.ml_backend.conftest import TOKEN, ask, click, picture, recorded, settings_for
 
@@ -24,8 +41,8 @@ def connection(redis_url):
         yield connection
 
 
-def queue(connection):
-    return Queue(ENCODE, connection=connection, serializer=JSONSerializer)
+def queue(connection, name=ENCODE):
+    return Queue(name, connection=connection, serializer=JSONSerializer)
 
 
 def worker(folder, label_studio, redis_url):
@@ -117,6 +134,72 @@ def test_an_image_that_cannot_be_had_is_a_sentence_and_no_failed_job(make_servic
     monkeypatch.setattr(ml_backend.jobs, "_service", make_service)
     ml_backend.jobs.encode(4, "/data/upload/1/nowhere.png")
     assert "task 4 is not encoded ahead: " in caplog.text
+
+
+@pytest.fixture
+def inbox(tmp_path):
+    with closing(Inbox(tmp_path / "data" / "inbox.sqlite")) as inbox:
+        yield inbox
+
+
+def test_the_worker_takes_in_what_waits_in_the_inbox_and_nobody_had_queued(
+    tmp_path, label_studio, redis_url, inbox, connection
+):
+    for number in ("40", "41", "44"):
+        event = recorded(number)
+        inbox.add(json.dumps(event).encode(), event["action"])
+    bulk = recorded("40") | {"action": "ANNOTATIONS_CREATED"}
+    bulk["annotation"], bulk["task"] = [bulk["annotation"] | {"id": 8}, bulk["annotation"] | {"id": 9}], [bulk["task"]]
+    inbox.add(json.dumps(bulk).encode(), bulk["action"])
+    done = worker(tmp_path / "data", label_studio, redis_url)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert inbox.counts() == {"undone": 0, "done": 6, "failed": 0}
+    with closing(open_intake(settings_for(tmp_path / "data", label_studio))) as intake:
+        assert {c.annotation for c in intake.corrections.corrections("3")} == {1, 8, 9}
+    assert queue(connection, CORRECTIONS).count == 0
+
+
+def test_a_drain_queues_what_is_undone_and_nobody_is_at(tmp_path, label_studio, inbox, connection):
+    settings = settings_for(tmp_path / "data", label_studio)
+    queued, failed, lost, new = (inbox.add(f"{number}".encode(), "ANNOTATION_CREATED") for number in range(4))
+    enqueue_ingest(settings, connection, keys=[queued, failed, lost])
+    corrections = queue(connection, CORRECTIONS)
+    corrections.fetch_job(f"ingest-{failed}").set_status(JobStatus.FAILED)
+    for key in (failed, lost):  # as if popped by a worker that went no further
+        connection.lrem(corrections.key, 0, f"ingest-{key}")
+    assert drain(settings, connection, inbox=inbox, older_than_s=60) == 0, "too young"
+    assert drain(settings, connection, inbox=inbox, older_than_s=0) == 3
+    assert sorted(corrections.get_job_ids()) == sorted(f"ingest-{key}" for key in (queued, failed, lost, new))
+    assert drain(settings, connection, inbox=inbox, older_than_s=0) == 0
+
+
+@pytest.mark.parametrize(
+    ("pid", "host", "age_s", "again"),
+    [(None, None, 0, 0), (0, None, 0, 1), (None, "elsewhere", 0, 0), (0, "elsewhere", 0, 0), (0, "elsewhere", 500, 1)],
+)
+def test_a_job_is_taken_from_a_worker_that_is_gone_and_from_no_other(
+    tmp_path, label_studio, connection, monkeypatch, pid, host, age_s, again
+):
+    settings = settings_for(tmp_path / "data", label_studio)
+    enqueue_ingest(settings, connection, keys=["k"])
+    corrections = queue(connection, CORRECTIONS)
+    other = SimpleWorker([corrections], connection=connection, serializer=JSONSerializer)
+    other.register_birth()
+    if pid is not None:  # of a process that has ended
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        connection.hset(other.key, "pid", ended.pid)
+    if host is not None:
+        connection.hset(other.key, "hostname", host)
+    job = corrections.fetch_job(connection.lpop(corrections.key).decode())
+    other.prepare_execution(job)
+    other.prepare_job_execution(job)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + age_s)
+    assert requeue_abandoned(connection) == again
+    assert corrections.get_job_ids() == ["ingest-k"] * again
+    assert len(corrections.started_job_registry.get_job_ids(cleanup=False)) == 1 - again
 
 
 def test_a_worker_without_a_redis_says_what_to_do(tmp_path, label_studio):

@@ -1,5 +1,6 @@
 import json
 import string
+import tracemalloc
 from contextlib import suppress
 from copy import deepcopy
 from math import inf, nan
@@ -11,21 +12,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ml_backend import brush, outlines
+from ml_backend.answers import Answer
 from ml_backend.label_config import LabelConfig, make_config, read_config
 from ml_backend.label_studio import (
     Ask,
     answer,
     choose_output,
     empty_answer,
+    pack_shape,
     read_ask,
     read_batch,
-    read_submitted,
+    read_corrections,
     region_id,
     shape_digest,
     shape_values,
+    unpack_shape,
     write_regions,
 )
-from model.types import MAX_CLICKS, Box, Granularity, Prediction, Prompt, Proposal, Refusal
+from model.annotations import decode
+from model.types import MAX_CLICKS, Box, Click, Granularity, Prediction, Prompt, Proposal, Refusal
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "label_studio"
 CONFIG = read_config(make_config(["Object", "Part"]))
@@ -530,7 +535,8 @@ def test_whatever_comes_is_read_or_refused(changes, other):
     for context in ({"result": [item, level(click("two"), "0.5")]}, {"result": [item]}, {"result": other}, other):
         with suppress(Refusal):
             read_ask(CONFIG, TASK, context, default_granularity=None)
-    read_submitted({"result": [item | {"type": "polygonlabels"}]})
+    for kind in SHAPES:
+        submitted(item | {"type": f"{kind}labels"}, item)
     shape_digest({"points": other})
     shape_digest({"rle": other})
 
@@ -785,35 +791,259 @@ def test_whatever_changes_the_answer_changes_the_id():
     assert len(set(ids)) == len(ids)
 
 
-def test_an_accepted_region_has_the_digest_of_what_was_answered():
+# --- what was submitted ---
+
+HEIGHT, WIDTH = 12, 20
+
+
+def blob(left=3, top=2, right=9, bottom=8):
+    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def region(value, *, kind="brush", id="r1", origin="manual", label="Object", **more):
+    return {
+        **{"id": id, "type": f"{kind}labels", "from_name": "mask", "to_name": "image", "origin": origin},
+        **{"original_width": WIDTH, "original_height": HEIGHT, "image_rotation": 0},
+        "value": value | {f"{kind}labels": [label]},
+    } | more
+
+
+def painted(mask):
+    return {"format": "rle", "rle": brush.encode(mask)}
+
+
+def remembered(value, **more):
+    return Answer(
+        **{
+            **{"region_id": "r1", "project": "3.1", "task_id": 7, "image_id": "i", "digest": shape_digest(value)},
+            **{"prompt": json.dumps({"clicks": [{"x": 4.5, "y": 3.0, "positive": True}]}), "granularity": 0.7},
+            **{"model_version": "v", "phrase": "wheel", "adapter": "a1", "shape": pack_shape(value)},
+        }
+        | more
+    )
+
+
+def submitted(*results, answers=None, config=CONFIG, task=TASK, annotation=None, max_pixels=10**6):
+    return read_corrections(
+        {"id": 5, "result": list(results), "updated_at": "2026-11-21T08:48:26.5Z"} | (annotation or {}),
+        task,
+        config,
+        "3",
+        (answers or {}).get,
+        received_s=99.0,
+        max_pixels=max_pixels,
+    )
+
+
+def only(found):
+    assert found.left_out == ()
+    (one,) = found.regions
+    return one
+
+
+SHAPES = {
+    "brush": painted(blob()),
+    "bitmask": {"imageDataURL": outlines.to_png_data_url(blob())},
+    "polygon": {"points": [[15, 100 / 6], [45, 100 / 6], [45, 200 / 3], [15, 200 / 3]], "closed": True},
+    "rectangle": {"x": 15, "y": 100 / 6, "width": 30, "height": 50, "rotation": 0},
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_every_kind_of_region_is_a_mask_of_the_image(kind):
+    config = read_config(make_config(["Object"], output=kind))
+    one = only(submitted(region(SHAPES[kind], kind=kind), config=config))
+    np.testing.assert_array_equal(decode(one.mask), blob())
+    assert (one.kind, one.label, one.uri, one.proposed) == ("drawn", "Object", "/data/upload/3/cat.jpg", None)
+
+
+def test_a_turned_rectangle_is_turned_about_its_corner():
+    turned = {"x": 50, "y": 0, "width": 50, "height": 25, "rotation": 90}  # 10 x 3 pixels, then 3 x 10
+    config = read_config(make_config(["Object"], output="rectangle"))
+    one = only(submitted(region(turned, kind="rectangle"), config=config))
+    np.testing.assert_array_equal(decode(one.mask), blob(7, 0, 10, 10))
+
+
+def test_what_came_back_unchanged_is_accepted_with_the_clicks_level_and_phrase_of_the_answer():
+    value = painted(blob())
+    one = only(submitted(region(value), answers={"r1": remembered(value)}))
+    assert (one.kind, one.granularity, one.phrase, one.adapter) == ("accepted", 0.7, "wheel", "a1")
+    assert one.clicks == (Click(x=4.5, y=3.0, positive=True),)
+    assert one.proposed == one.mask
+
+
+def test_what_came_back_changed_is_corrected_and_the_proposed_mask_is_known():
+    proposed = blob(right=12)
+    one = only(submitted(region(painted(blob())), answers={"r1": remembered(painted(proposed))}))
+    assert one.kind == "corrected"
+    np.testing.assert_array_equal(decode(one.proposed), proposed)
+    np.testing.assert_array_equal(decode(one.mask), blob())
+
+
+def test_an_answer_of_an_earlier_version_has_no_proposed_mask():
+    one = only(submitted(region(painted(blob())), answers={"r1": remembered(painted(blob(right=12)), shape=None)}))
+    assert (one.kind, one.proposed) == ("corrected", None)
+
+
+@pytest.mark.parametrize(
+    ("origin", "known", "kind"),
+    [
+        ("prediction", None, "predicted"),
+        ("prediction-changed", None, "predicted-changed"),
+        ("prediction-changed", blob(), "predicted"),
+        ("prediction", blob(right=12), "predicted-changed"),
+        ("manual", None, "drawn"),
+    ],
+)
+def test_a_stored_prediction_says_what_became_of_it_unless_we_know_better(origin, known, kind):
+    answers = {} if known is None else {"r1": remembered(painted(known))}
+    assert only(submitted(region(painted(blob()), origin=origin), answers=answers)).kind == kind
+
+
+def test_an_accepted_region_of_every_kind_is_what_was_answered():
     for output in ("brush", "bitmask", "polygon", "rectangle"):
         config = read_config(make_config(["Object"], output=output))
         result = written(ask_of(click(), level(click(), "0.3"), config=config), config=config)
-        came_back = json.loads(json.dumps({"result": result}))
-        for region in came_back["result"]:
+        came_back = json.loads(json.dumps(result))
+        for item in came_back:
             for key in ("x", "y", "width", "height"):
-                if key in region["value"]:
-                    region["value"][key] *= 1 + 1e-12
-        assert read_submitted(came_back) == [(result[0]["id"], shape_digest(result[0]["value"]))]
+                if key in item["value"]:
+                    item["value"][key] *= 1 + 1e-12
+        known = {result[0]["id"]: remembered(result[0]["value"])}
+        assert only(submitted(*came_back, answers=known, config=config)).kind == "accepted"
 
 
-def test_recorded_corrections_differ_from_what_was_accepted():
-    accepted, corrected = (read_submitted(recorded(number)["annotation"]) for number in (40, 41))
-    assert [region for region, _ in accepted] == [region for region, _ in corrected] == ["2de56ade51"]
-    assert accepted != corrected
+def test_recorded_events_are_read_as_what_they_were():
+    def read(number, answers=None):
+        event = recorded(number)
+        return read_corrections(
+            event["annotation"],
+            event["task"],
+            read_config(event["project"]["label_config"]),
+            str(event["project"]["id"]),
+            (answers or {}).get,
+            received_s=0.0,
+            max_pixels=10**6,
+        )
+
+    drawn = read(40)
+    one = only(drawn)
+    assert (drawn.annotation, drawn.task, drawn.annotator, drawn.skipped) == (1, 8, 1, False)
+    assert drawn.updated_s == pytest.approx(1795250906.807676)
+    assert (one.region, one.label, one.granularity, one.kind) == ("2de56ade51", "Object", 0.3, "drawn")
+    assert (one.uri, one.height, one.width) == ("/data/upload/3/f4aecc9d-coffee.jpg", 400, 600)
+    answer = remembered(recorded(40)["annotation"]["result"][0]["value"])
+    assert only(read(40, {"2de56ade51": answer})).kind == "accepted"
+    corrected = only(read(41, {"2de56ade51": answer}))
+    assert corrected.kind == "corrected"
+    assert corrected.proposed["counts"] == one.mask["counts"] != corrected.mask["counts"]
+    assert (only(read(42)).kind, only(read(43)).kind) == ("predicted", "predicted-changed")
+    assert read(45).skipped
+    assert read(45).regions == ()
+
+
+def test_without_an_answer_the_level_is_the_regions_own_and_else_the_tasks_slider():
+    config = read_config((GOLDEN / "config_C.xml").read_text())
+    mask = region(painted(blob()))
+    chosen = mask | {"type": "labels", "from_name": "granularity", "value": painted(blob()) | {"labels": ["0.3"]}}
+    slider = {"id": "x", "type": "number", "from_name": "task_granularity", "value": {"number": 0.85}}
+    assert only(submitted(mask, chosen, slider, config=config)).granularity == 0.3
+    assert only(submitted(mask, slider, config=config)).granularity == 0.85
+    assert only(submitted(mask, config=config)).granularity is None
+    assert only(submitted(mask, slider | {"value": {"number": 40}}, config=config)).granularity is None
+
+
+def test_a_phrase_typed_on_the_mask_is_the_masks():
+    mask = region(painted(blob()))
+    typed = {"id": "r1", "type": "textarea", "from_name": "phrase", "value": {"text": [" the  left eye "]}}
+    assert only(submitted(mask, typed)).phrase == "the left eye"
+
+
+def test_a_box_of_a_smart_tag_asks_and_is_no_mask():
+    box = region(SHAPES["rectangle"], kind="rectangle", from_name="box")
+    found = submitted(box, region(painted(blob()), id="r2"))
+    assert [one.region for one in found.regions] == ["r2"]
+    ((left_out, why),) = found.left_out
+    assert left_out == "r1"
+    assert "asks for a mask" in why
+
+
+def _claims(values):
+    return [*values.to_bytes(4, "big"), *brush.encode(blob())[4:]]
+
+
+@pytest.mark.parametrize(
+    ("value", "more"),
+    [
+        ({"rle": []}, {}),
+        ({"rle": [0, 0, 3]}, {}),
+        ({"rle": [-1, *brush.encode(blob())[1:]]}, {}),
+        ({"rle": brush.encode(blob())[:-3]}, {}),
+        ({"rle": _claims(10**9)}, {}),
+        ({"rle": "AAAA"}, {}),
+        ({"rle": [1.5] * 100}, {}),
+        ({"rle": [0] * 10**6}, {}),
+        ({"rle": brush.encode(np.zeros((HEIGHT, WIDTH), bool))}, {}),
+        ({"rle": _claims(4 * 10**9)}, {"original_width": 50_000, "original_height": 20_000}),
+        ({"rle": brush.encode(blob())}, {"original_width": 21}),
+        ({"rle": brush.encode(blob())}, {"original_width": -5}),
+        ({"rle": brush.encode(blob())}, {"original_width": None}),
+        ({"rle": brush.encode(blob())}, {"image_rotation": 90}),
+        ({"rle": brush.encode(blob())}, {"to_name": "elsewhere"}),
+        ({"rle": brush.encode(blob())}, {"item_index": -1}),
+        ({"imageDataURL": "data:image/png;base64,AAAA"}, {}),
+        ({"imageDataURL": 7}, {}),
+        ({"points": [[0, 0], [1, inf], [5, 5]]}, {}),
+        ({"points": [[0, 0], "ab", [5, 5]]}, {}),
+        ({"points": {"x": 1}}, {}),
+        ({"x": 1, "y": "2", "width": 3, "height": 4}, {}),
+        ({"x": 1, "y": 2, "width": 0, "height": 4}, {}),
+        ({}, {}),
+    ],
+)
+def test_a_malformed_region_is_left_out_with_the_reason_and_the_rest_is_kept(value, more):
+    tracemalloc.start()
+    try:
+        found = submitted(region(value, id="bad") | more, region(painted(blob()), id="good"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [one.region for one in found.regions] == ["good"]
+    ((left_out, why),) = found.left_out
+    assert left_out == "bad"
+    assert len(why) > 10
+    assert peak < 40e6
 
 
 @pytest.mark.parametrize(
     "annotation",
     [
-        {},
         {"result": None},
         {"result": [None, {"type": "brushlabels"}, {"type": "brushlabels", "id": 3, "value": {}}]},
         {"result": [{"type": ["brush"], "id": "a", "value": {}}, {"type": "choices", "id": "a", "value": {}}]},
+        {"updated_at": 5, "created_at": "yesterday", "completed_by": True, "ground_truth": "no"},
     ],
 )
 def test_what_is_no_region_is_skipped(annotation):
-    assert read_submitted(annotation) == []
+    found = submitted(annotation=annotation)
+    assert (found.regions, found.left_out, found.annotator, found.ground_truth) == ((), (), None, False)
+
+
+def test_an_annotation_without_a_time_is_of_when_it_came():
+    assert submitted(annotation={"updated_at": None}).updated_s == 99.0
+
+
+@pytest.mark.parametrize("number", [None, "5", True])
+def test_what_has_no_number_is_no_annotation(number):
+    with pytest.raises(Refusal, match="whole number"):
+        submitted(annotation={"id": number})
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_packed_shape_comes_back_with_the_same_digest(kind):
+    assert shape_digest(unpack_shape(pack_shape(SHAPES[kind]))) == shape_digest(SHAPES[kind])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from ml_backend import brush, outlines
 from ml_backend.label_config import make_config, read_config
-from ml_backend.label_studio import read_submitted
+from ml_backend.label_studio import shape_digest, unpack_shape
 from ml_backend.predictions import predict_tasks
 from ml_backend.service import ADAPTER
 from model.adapter import read_adapter
@@ -135,12 +135,13 @@ def test_of_several_proposals_each_says_its_level_by_number_too(service):
 
 def test_every_region_is_remembered_with_prompt_level_and_digest(service):
     regions = one(service, ask(click(31, 40, level="0.3", region="r1")))["result"]
-    ((region_id, digest),) = read_submitted({"result": regions})
-    answer = service.answers.find(region_id)
-    assert (answer.digest, answer.granularity, answer.task_id, answer.project) == (digest, 0.3, 7, "3.1795250578")
+    answer = service.answers.find(regions[0]["id"])
+    assert answer.digest == shape_digest(regions[0]["value"])
+    assert (answer.granularity, answer.task_id, answer.project) == (0.3, 7, "3.1795250578")
+    assert unpack_shape(answer.shape)["rle"] == regions[0]["value"]["rle"]
     assert '"x": 139.8' in answer.prompt
-    assert answer.model_version == service.model_version
-    assert (answer.adapter, answer.phrase) == (service.segmenter().adapter, None)
+    assert answer.model_version == service.version(None)
+    assert (answer.adapter, answer.phrase) == (service.serving(None).segmenter.adapter, None)
 
 
 def test_what_the_base_answers_is_remembered_as_the_bases(service):
@@ -171,7 +172,7 @@ def test_a_phrase_the_adapter_knows_is_obeyed_however_it_is_written_and_goes_wit
     (mask,) = masks_of(answer := one(service, phrased(f" The  {name.upper()}!")))
     assert "reason" not in answer
     remembered = service.answers.find(mask["id"])
-    assert (remembered.phrase, remembered.adapter) == (name, service.segmenter().adapter)
+    assert (remembered.phrase, remembered.adapter) == (name, service.serving(None).segmenter.adapter)
     assert f"phrase {name}" in caplog.text
     assert f"by {remembered.adapter}" in caplog.text
     both = one(service, phrased(name, level="0.3"))
@@ -234,7 +235,7 @@ def test_one_task_that_cannot_be_served_costs_the_others_nothing(service):
 def test_a_batch_of_one_task_has_its_image_encoded_in_the_background(make_service, label_studio, counted):
     service = make_service()
     uri = label_studio.add("/data/upload/9/opened.png", picture(90, 60, shade=9))
-    assert one(service, batch(uri)) == {"result": [], "score": 0.0, "model_version": service.model_version}
+    assert one(service, batch(uri)) == {"result": [], "score": 0.0, "model_version": service.version(None)}
     wait_until(lambda: counted("graco_embeddings_total", source="encoded") == 1, limit_s=60)
     asked = label_studio.asked[uri]
     assert one(service, ask(click(31, 40, size=(90, 60)), image=uri, task=1))["result"]

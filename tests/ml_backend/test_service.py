@@ -100,7 +100,7 @@ def test_eight_threads_asking_for_one_new_image_encode_it_once(make_service, lab
         together.wait()
         info = service.identify(image)
         prompt = Prompt(clicks=(Click(x=37, y=36, positive=True),))
-        return service.answer(service.segmenter(), image, info, prompt).best.mask
+        return service.answer(service.serving(None).segmenter, image, info, prompt).best.mask
 
     with ThreadPoolExecutor(8) as pool:
         masks = list(pool.map(first_click, range(8)))
@@ -184,9 +184,9 @@ def test_the_bundled_weights_load_by_the_service_itself_and_a_second_start_does_
     service.start()
     try:
         wait_until(lambda: service.ready, limit_s=90)
-        adapter = service.segmenter().adapter
-        assert service.model_version == f"{segmenter.version}+{adapter.removeprefix('light-')}"
-        assert service.segmenter().version == segmenter.version
+        adapter = service.serving(None).segmenter.adapter
+        assert service.version(None) == f"{segmenter.version}+{adapter.removeprefix('light-')}"
+        assert service.serving(None).segmenter.version == segmenter.version
     finally:
         service.close()
 
@@ -279,10 +279,10 @@ def test_an_image_replaced_behind_its_address_is_never_answered_under_the_old_on
     label_studio.add(image.uri, picture(100, 80, shade=60))
     prompt = Prompt(clicks=(Click(x=31, y=32, positive=True),))
     with pytest.raises(Refusal, match="replaced"):
-        service.answer(service.segmenter(), image, old, prompt)
+        service.answer(service.serving(None).segmenter, image, old, prompt)
     new = service.identify(image)
     assert new.id != old.id
-    assert service.answer(service.segmenter(), image, new, prompt).best.mask.shape == (80, 100)
+    assert service.answer(service.serving(None).segmenter, image, new, prompt).best.mask.shape == (80, 100)
 
 
 def test_a_bounded_cache_forgets_what_was_used_longest_ago_and_keeps_nothing_heavier_than_itself():

@@ -1,0 +1,325 @@
+"""One training cycle: when it is due, and its order. Snapshot, learn, judge, publish or not.
+
+A cycle that is killed is begun again and goes on: the snapshot is written down first, learning has its checkpoint, and
+a version is published in one step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from active_learning.corrections import CorrectionStore, Snapshot
+from active_learning.dataset import EmbeddingFiles, photos_of
+from active_learning.gate import (
+    Margins,
+    ObjectCurve,
+    Objects,
+    Verdict,
+    curves_of,
+    judge,
+    objects_of,
+    paired,
+    write_verdict,
+)
+from active_learning.images import ImageStore
+from active_learning.learn import LearningConfig, learn
+from active_learning.registry import SHARED, AdapterRegistry, AdapterVersion
+from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split, read_snapshot, write_snapshot
+from active_learning.status import State, TrainingFolder, TrainingStatus
+from active_learning.train import Progress
+from model.annotations import AnnotationSet
+from model.embeddings import EmbeddingFolder
+from model.evaluation.protocol import Models
+from model.evaluation.runner import scene_of
+from model.light.segmenter import LightSegmenter
+from model.segmenter import Segmenter
+from model.types import Refusal
+
+log = logging.getLogger(__name__)
+
+
+class Cancelled(Exception):
+    """Somebody wants this training to stop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class When:
+    """What makes a training due beside somebody's wish."""
+
+    after: int = 50  # new corrections; 0: never by their number
+    every_h: float = 0.0  # hours since the last one, where there is a new correction; 0: never by time
+    night_h: tuple[int, int] | None = None  # from, to in hours of the day, UTC: with new corrections, once a night
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a training may take."""
+
+    time_s: float = 3600.0
+    device: str = "cpu"
+    precision: str = "bf16"
+    too_few: Literal["ask", "publish"] = "ask"  # where the hold-out is too small to judge by
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Workplace:
+    """All that a cycle works with."""
+
+    store: CorrectionStore
+    images: ImageStore
+    registry: AdapterRegistry
+    segmenter: LightSegmenter  # the base, without adapter
+    embeddings: Path  # folder of encoded photos
+    configured: Path  # the adapter that serves a line without a version of its own
+    replay: AnnotationSet  # learned from beside the corrections
+    reference: AnnotationSet  # judged on beside the hold-out
+
+
+def project_of(line: str) -> str | None:
+    """Return the project of a line; None: all of them.
+
+    >>> project_of("project-3"), project_of("shared")
+    ('3', None)
+    """
+    return None if line == SHARED else line.removeprefix("project-")
+
+
+def due(when: When, *, new: int, last_s: float | None, now_s: float) -> str | None:
+    """Return why a training is due, or None.
+
+    Args:
+        when: the rules.
+        new: corrections that came after the last training was asked for.
+        last_s: when that was, UTC seconds; None: never.
+        now_s: the time.
+
+    >>> due(When(after=50), new=50, last_s=None, now_s=0.0)
+    '50 new corrections'
+    >>> due(When(after=50), new=49, last_s=None, now_s=0.0)
+    """
+    if new == 0:
+        return None
+    if when.after and new >= when.after:
+        return f"{new} new corrections"
+    if when.every_h and last_s is not None and now_s - last_s >= when.every_h * 3600:
+        return f"{when.every_h:g} hours since the last training, {new} new corrections"
+    if when.night_h is not None and _night_began_s(when.night_h, now_s) > (last_s or 0.0):
+        return f"the night has begun, {new} new corrections"
+    return None
+
+
+def _night_began_s(night_h: tuple[int, int], now_s: float) -> float:
+    """Return when the night that is now began, UTC seconds, or 0 by day."""
+    begin, end = night_h
+    hour = datetime.fromtimestamp(now_s, UTC).hour
+    into = (hour - begin) % 24
+    if into >= (end - begin) % 24:
+        return 0.0
+    return now_s - now_s % 3600 - into * 3600
+
+
+def run(
+    place: Workplace,
+    trainings: TrainingFolder,
+    status: TrainingStatus,
+    *,
+    config: LearningConfig,
+    margins: Margins,
+    limits: Limits,
+    pause: Callable[[], None] = lambda: None,
+) -> TrainingStatus:
+    """Carry out the training that was asked for, and return how it ended.
+
+    Args:
+        place: what to work with.
+        trainings: of the line; its lock is held.
+        status: the request.
+        config: how to learn.
+        margins: how to judge.
+        limits: time, device, and what to do where the hold-out is too small.
+        pause: called again and again; may wait while somebody clicks.
+    """
+    watch = _Watch(trainings, trainings.note(status, state="running", attempts=status.attempts + 1), limits, pause)
+    folder = trainings.work(status)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        snapshot = _snapshot(place.store, folder, project_of(status.line))
+        parent = place.registry.active(status.line) or place.registry.active(SHARED)
+        watch.note(snapshot=snapshot.id, masks=len(snapshot.corrections))
+        if not snapshot.corrections:
+            return watch.end("nothing new", "there are no corrections yet")
+        made = [version for version in place.registry.versions(status.line) if version.snapshot == snapshot.id]
+        if made:
+            return _end_with(place.registry, watch, made[-1])
+        incumbent = place.configured if parent is None else place.registry.intact(parent)
+        found = annotated(snapshot, place.images)
+        candidate = learn(
+            config,
+            place.segmenter,
+            photos_of(of_split(found, TRAIN), stated=True),
+            photos_of(place.replay),
+            EmbeddingFiles(place.embeddings, place.segmenter),
+            incumbent,
+            folder,
+            card={"snapshot": snapshot.id, "recipe": json.dumps(asdict(config), sort_keys=True)},
+            device=limits.device,
+            precision=limits.precision,
+            before_step=watch.look,
+            report=watch.report,
+        )
+        watch.note(state="judging", left_s=None)
+        models = Models(base=place.segmenter.with_adapter(incumbent), adapted=place.segmenter.with_adapter(candidate))
+        verdict = _judged(place, models, of_split(found, HOLD_OUT), margins, folder, watch)
+        return _publish(place.registry, watch, verdict, candidate, parent, folder, config, limits)
+    except Cancelled:
+        return watch.end("cancelled", "it was cancelled")
+    except Refusal as refusal:
+        log.error("training %s failed: %s", status.id, refusal)
+        return watch.end("failed", str(refusal))
+
+
+class _Watch:
+    """Keeps the status of a training up to date, and stops it where it shall stop."""
+
+    def __init__(
+        self, trainings: TrainingFolder, status: TrainingStatus, limits: Limits, pause: Callable[[], None]
+    ) -> None:
+        self._trainings = trainings
+        self.status = status
+        self._limits = limits
+        self._pause = pause
+        self._until_s = time.monotonic() + limits.time_s
+        self._first: tuple[float, int] | None = None  # when the first steps were reported, and how many
+
+    def note(self, **changes: object) -> None:
+        self.status = self._trainings.note(self.status, **changes)
+
+    def end(self, state: State, said: str, **changes: object) -> TrainingStatus:
+        return self._trainings.end(self.status, state, said, **changes)
+
+    def look(self) -> None:
+        """Wait while somebody clicks.
+
+        Raises:
+            Cancelled: somebody wants it to stop.
+            Refusal: time is up.
+        """
+        if self._trainings.cancelled:
+            raise Cancelled
+        if time.monotonic() > self._until_s:
+            raise Refusal(
+                f"the training took longer than {self._limits.time_s / 60:g} minutes; raise "
+                "GRACO_TRAIN_LIMIT_MINUTES, or let it run when the machine is quiet"
+            )
+        self._pause()
+
+    def report(self, progress: Progress) -> None:
+        now_s = time.monotonic()
+        if self._first is None:
+            self._first = now_s, progress.step
+        began_s, first = self._first
+        done = progress.step - first
+        left_s = (progress.steps - progress.step) * (now_s - began_s) / done if done else None
+        self.note(step=progress.step, steps=progress.steps, loss=progress.figures.get("loss"), left_s=left_s)
+
+
+def _snapshot(store: CorrectionStore, folder: Path, project: str | None) -> Snapshot:
+    """Return the snapshot of this training: taken at its first attempt, and the same at later ones."""
+    path = folder / "snapshot.json"
+    if not path.is_file():
+        write_snapshot(path, store.snapshot(project))
+    return read_snapshot(path)
+
+
+def _end_with(registry: AdapterRegistry, watch: _Watch, version: AdapterVersion) -> TrainingStatus:
+    """End with the version that the snapshot gave: by this training, killed just after it was published, or before."""
+    if registry.card(version.line, version.id).get("training") == watch.status.id:
+        state: State = "published" if registry.active_id(version.line) == version.id else "rejected"
+        return watch.end("kept" if version.accepted is None else state, version.note, version=version.id)
+    return watch.end(
+        "nothing new",
+        f"version {version.id} was already trained on exactly these {watch.status.masks} corrections",
+        version=version.id,
+    )
+
+
+def _judged(
+    place: Workplace,
+    models: Models,
+    holdout: AnnotationSet,
+    margins: Margins,
+    folder: Path,
+    watch: _Watch,
+) -> Verdict:
+    """Have the robot click both sets with incumbent and candidate; keep verdict, curves and pictures in `folder`."""
+    embeddings = EmbeddingFolder(place.embeddings)
+
+    def objects(found: AnnotationSet) -> Iterator[Objects]:
+        for image, masks in objects_of(found, margins.limit):
+            yield scene_of(found.name, image, models, embeddings), masks
+
+    def curves(segmenter: Segmenter, found: AnnotationSet) -> list[ObjectCurve]:
+        return curves_of(segmenter, objects(found), budget=margins.budget, report=lambda _: watch.look())
+
+    pairs = [
+        paired(candidate=curves(models.adapted, found), incumbent=curves(models.base, found))
+        for found in (holdout, place.reference)
+    ]
+    verdict = judge(pairs[0], pairs[1], margins, np.random.default_rng(0))
+    shown = (one for found in (holdout, place.reference) for one in objects(found))
+    write_verdict(folder / "verdict", verdict, holdout=pairs[0], reference=pairs[1], objects=shown, models=models)
+    return verdict
+
+
+def _publish(
+    registry: AdapterRegistry,
+    watch: _Watch,
+    verdict: Verdict,
+    candidate: Path,
+    parent: AdapterVersion | None,
+    folder: Path,
+    config: LearningConfig,
+    limits: Limits,
+) -> TrainingStatus:
+    status = watch.status
+    unjudged = verdict.decision == "too-few"
+    serves = verdict.accepted or (unjudged and limits.too_few == "publish")
+    said = " ".join(verdict.reasons)
+    scores = {"hold-out": verdict.holdout, "reference": verdict.reference}
+    version = registry.publish(
+        status.line,
+        candidate,
+        card={
+            "parent": None if parent is None else parent.id,
+            "parent_line": None if parent is None else parent.line,
+            "snapshot": status.snapshot,
+            "masks": status.masks,
+            "recipe": json.dumps(asdict(config), sort_keys=True),
+            "seed": config.seed,
+            "created_s": time.time(),
+            "accepted": None if unjudged else verdict.accepted,
+            "scores": {name: asdict(found.candidate) for name, found in scores.items() if found is not None},
+            "training": status.id,
+            "reason": status.reason,
+            "note": said,
+        },
+        activate=serves,
+        folder_of_pictures=folder / "verdict",
+    )
+    shutil.rmtree(folder)
+    if serves:
+        return watch.end("published", said, version=version.id)
+    if unjudged:
+        ask = f"It waits for you: python -m ml_backend adapters activate {status.line} {version.id}"
+        return watch.end("kept", f"{said} {ask}", version=version.id)
+    return watch.end("rejected", said, version=version.id)

@@ -1,0 +1,437 @@
+"""The gate: may a candidate serve instead of the incumbent? A robot clicks the same objects with both, and we compare.
+
+Two sets are clicked: the hold-out (corrected images that no training saw), on which the candidate must win, and the
+reference set (outside photos, always the same), which shows what was forgotten. Each object is clicked at its mask's
+own level, since without a level or a phrase an adapter has no part in the answer. Objects are compared in pairs, so
+that hard ones weigh on both sides alike. Everything is deterministic but for the bootstrap, whose generator comes in.
+
+Source: NoC and the robot as in RITM (arXiv 2102.06583), a miss counted as the budget; the paired percentile bootstrap
+of Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet
+from model.evaluation.protocol import Bench, ClickChain, Models, Options, Scene
+from model.evaluation.report import draw_cell, draw_click_curves, draw_rows
+from model.evaluation.sets import evenly_spaced
+from model.metrics import clicks_over, number_of_clicks
+from model.segmenter import Segmenter
+from model.types import MAX_CLICKS, Granularity, Refusal
+
+Decision = Literal["accepted", "rejected", "too-few"]
+Objects = tuple[Scene, Sequence[AnnotatedMask]]  # a photo, and the masks on it that are clicked
+
+_LOWER, _UPPER = 0.85, 0.90  # the IoU of NoC@85 and NoC@90
+_RESAMPLES = 2000
+_SHEET_ROWS = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Margins:
+    """What a candidate may lose and has to win.
+
+    A set of 20 to 30 objects cannot prove a loss of less than 3 %: its interval is some 10 % wide on either side. So
+    the mean itself is held against `lose`, and the interval's upper end against `doubt`: the fewer or the more
+    contradictory the objects, the better the mean has to be.
+    """
+
+    lose: float = 0.03  # relative NoC@90 that the mean may be worse by, on either set
+    doubt: float = 0.15  # relative NoC@90 that the upper end of the interval may be worse by, on either set
+    win: float = 0.0  # relative NoC@85 that the hold-out must gain more than
+    first: float = 0.0  # IoU after one click that the hold-out may lose
+    confidence: float = 0.95  # of the intervals, two-sided
+    least_objects: int = 10  # of the hold-out
+    limit: int = 30  # objects of each set at most
+    budget: int = 10  # clicks on one object at most
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.lose <= self.doubt and self.win >= 0 and self.first >= 0):
+            raise Refusal(
+                f"margins lose {self.lose}, doubt {self.doubt}, win {self.win}, first {self.first}: "
+                "give 0 <= lose <= doubt, and win and first of 0 or more"
+            )
+        if not 0 < self.confidence < 1:
+            raise Refusal(f"confidence {self.confidence} is outside 0..1; 0.95 is usual")
+        if not 1 <= self.budget <= MAX_CLICKS:
+            raise Refusal(f"a budget of {self.budget} clicks is outside 1..{MAX_CLICKS}")
+        if not 1 <= self.least_objects <= self.limit:
+            raise Refusal(f"{self.least_objects} objects at least and {self.limit} at most: give 1 <= least <= most")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectCurve:
+    """How one object went: the IoU after each click up to the budget, the last value held once IoU 0.90 is reached."""
+
+    object: str  # digest of the photo and id of the mask
+    name: str
+    level: int  # that was asked for, 1..10
+    ious: tuple[float, ...]  # one for each click of the budget
+
+    def __post_init__(self) -> None:
+        if not self.ious or not all(0 <= iou <= 1 for iou in self.ious):
+            raise ValueError(f"the curve of {self.object} must hold an IoU in 0..1 for each click, at least one")
+
+    def clicks(self, target: float) -> int:
+        """Return the clicks to a target IoU, a miss counted as the budget."""
+        return number_of_clicks(np.array(self.ious), target, len(self.ious)) or len(self.ious)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return asdict(self) | {"ious": list(self.ious)}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> ObjectCurve:
+        """Return the curve that `to_json` wrote.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        try:
+            ious = tuple(float(iou) for iou in content["ious"])
+            return cls(object=str(content["object"]), name=str(content["name"]), level=int(content["level"]), ious=ious)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the curve of an object ({error!r}); have it clicked again") from error
+
+
+Pairs = Sequence[tuple[ObjectCurve, ObjectCurve]]  # candidate's and incumbent's, as `paired` makes them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """How one adapter did on the objects of a set."""
+
+    objects: int
+    noc85: float  # mean clicks to IoU 0.85, a miss counted as the budget
+    noc90: float
+    misses85: int
+    misses90: int
+    iou1: float  # mean IoU after one click
+    curve: tuple[float, ...]  # mean IoU after each click
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Candidate against incumbent; below 0 the candidate needs fewer clicks."""
+
+    mean: float  # clicks
+    relative: float  # of the incumbent's mean
+    low: float  # bootstrap interval of `relative`
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paired:
+    """Both on the same objects."""
+
+    candidate: Scores
+    incumbent: Scores
+    noc85: Difference
+    noc90: Difference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the gate decided, and why: sentences with figures for the admin."""
+
+    accepted: bool
+    decision: Decision
+    reasons: tuple[str, ...]
+    holdout: Paired | None  # None: it has no object
+    reference: Paired
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verdict as plain values."""
+        return asdict(self)
+
+
+# --- Clicking -------------------------------------------------------------------------------------------------------
+
+
+def objects_of(found: AnnotationSet, limit: int) -> list[tuple[AnnotatedImage, tuple[AnnotatedMask, ...]]]:
+    """Return at most `limit` masks of a set by their photos, spread over as many photos as there are.
+
+    Objects of one photo say nearly the same. So each photo gives one mask before any gives a second; which one turns
+    with the photo, so that wholes and parts both come up. The same set gives the same masks.
+    """
+    images = [(image, [mask for mask in image.masks if mask.area]) for image in found.images]
+    turned = [masks[n % len(masks) :] + masks[: n % len(masks)] for n, (_, masks) in enumerate(images) if masks]
+    chosen: set[int] = set()
+    for turn in zip_longest(*turned):
+        one_each = [mask.id for mask in turn if mask is not None]
+        chosen.update(evenly_spaced(one_each, limit - len(chosen)))
+    by_image = [(image, tuple(mask for mask in masks if mask.id in chosen)) for image, masks in images]
+    return [(image, masks) for image, masks in by_image if masks]
+
+
+def curves_of(
+    segmenter: Segmenter,
+    objects: Iterable[Objects],
+    *,
+    budget: int,
+    report: Callable[[int], None] = lambda done: None,
+) -> list[ObjectCurve]:
+    """Return how the robot gets on with each object, at the mask's own level.
+
+    That is the granularity that the set states for the mask (an annotator's), else its area over that of its whole.
+    The robot stops at IoU 0.90.
+
+    Args:
+        segmenter: the adapter that is measured, on its base.
+        objects: photos, encoded by this very base, and the masks to click; may be a generator.
+        budget: clicks on one object at most.
+        report: called with the number of objects done; what it raises ends the run.
+
+    Raises:
+        Refusal: a photo cannot be read.
+    """
+    curves: list[ObjectCurve] = []
+    for scene, masks in objects:
+        for mask in masks:
+            level = _level(scene, mask)
+            chain = ClickChain(segmenter=segmenter, encoded=scene.encoded, truth=scene.truth(mask), granularity=level)
+            ious = chain.run(budget, until=_UPPER)
+            held = (*ious, *ious[-1:] * (budget - len(ious)))
+            curves.append(ObjectCurve(object=_key(scene, mask), name=mask.name, level=level.level, ious=held))
+            report(len(curves))
+    return curves
+
+
+def _level(scene: Scene, mask: AnnotatedMask) -> Granularity:
+    stated = mask.granularity
+    return scene.image.level_of(mask) if stated is None else Granularity.from_value(stated)
+
+
+def _key(scene: Scene, mask: AnnotatedMask) -> str:
+    return f"{scene.image.digest()[:16]}/{mask.id}"
+
+
+def paired(*, candidate: Iterable[ObjectCurve], incumbent: Iterable[ObjectCurve]) -> Pairs:
+    """Return the curves of both, object by object, sorted by object.
+
+    Raises:
+        ValueError: they are not of the same objects, or an object is there twice.
+    """
+    sides = [sorted(curves, key=lambda curve: curve.object) for curves in (candidate, incumbent)]
+    names = [[curve.object for curve in side] for side in sides]
+    if names[0] != names[1] or len(set(names[0])) < len(names[0]):
+        raise ValueError("candidate and incumbent must have clicked the same objects, each once")
+    return list(zip(*sides, strict=True))
+
+
+# --- Judging --------------------------------------------------------------------------------------------------------
+
+
+def scores_of(curves: Sequence[ObjectCurve]) -> Scores:
+    """Return what the curves of a set come to.
+
+    Raises:
+        ValueError: there is none, or they are of different budgets.
+    """
+    if not curves:
+        raise ValueError("no object to score: pass at least one curve")
+    budget = len(curves[0].ious)
+    counts = {
+        target: clicks_over([number_of_clicks(np.array(c.ious), target, budget) for c in curves], budget)
+        for target in (_LOWER, _UPPER)
+    }
+    curve = tuple(fmean(at) for at in zip(*(c.ious for c in curves), strict=True))
+    return Scores(
+        objects=len(curves),
+        noc85=counts[_LOWER].penalised_mean,
+        noc90=counts[_UPPER].penalised_mean,
+        misses85=counts[_LOWER].misses,
+        misses90=counts[_UPPER].misses,
+        iou1=curve[0],
+        curve=curve,
+    )
+
+
+def judge(holdout: Pairs | None, reference: Pairs, margins: Margins, rng: np.random.Generator) -> Verdict:
+    """Return whether the candidate may serve.
+
+    On either set it loses where its mean NoC@90 is worse by more than `margins.lose`, or the upper end of the interval
+    by more than `margins.doubt`. On the hold-out it wins where its mean NoC@85 is lower by more than `margins.win` and
+    its mean IoU after one click is not lower by more than `margins.first`. Without enough objects to say so the
+    decision is `too-few`, and the caller's to take; a candidate that loses on the reference set is rejected even so.
+    The order of the pairs does not matter, and equal generators give equal verdicts.
+
+    Args:
+        holdout: curves on the hold-out, as `paired` returns them; None or empty: there is no object.
+        reference: curves on the reference set.
+        margins: what may be lost and has to be won.
+        rng: draws the bootstrap.
+
+    Raises:
+        ValueError: the reference is empty, or a curve is of another budget than `margins.budget`.
+    """
+    outside = _compare(reference, margins, rng)
+    own = _compare(holdout, margins, rng) if holdout else None
+    enough = own is not None and own.candidate.objects >= margins.least_objects
+    losses = _losses("reference set", outside, margins)
+    reasons = [_figures("reference set", outside)]
+    if own is not None:
+        reasons.insert(0, _figures("hold-out", own))
+    if own is not None and enough:
+        losses += _losses("hold-out", own, margins) + _not_won(own, margins)
+    else:
+        count = own.candidate.objects if own else 0
+        reasons.append(
+            f"The hold-out has {count} objects, fewer than the {margins.least_objects} that a comparison needs: "
+            "correct more images, or decide by the figures above."
+        )
+    decision: Decision = "rejected" if losses else "accepted" if enough else "too-few"
+    if decision == "accepted":
+        reasons.append("It wins on the hold-out and does not lose on the reference set.")
+    return Verdict(
+        accepted=decision == "accepted",
+        decision=decision,
+        reasons=(*reasons, *losses),
+        holdout=own,
+        reference=outside,
+    )
+
+
+def _compare(pairs: Pairs, margins: Margins, rng: np.random.Generator) -> Paired:
+    if any(len(curve.ious) != margins.budget for pair in pairs for curve in pair):
+        raise ValueError(f"a curve has not {margins.budget} clicks, the budget; have the objects clicked again")
+    pairs = sorted(pairs, key=lambda pair: pair[0].object)
+    candidate, incumbent = (scores_of([pair[side] for pair in pairs]) for side in (0, 1))
+    drawn = rng.integers(len(pairs), size=(_RESAMPLES, len(pairs)))
+    by_target = [
+        _difference(np.array([[curve.clicks(target) for curve in pair] for pair in pairs]), drawn, margins.confidence)
+        for target in (_LOWER, _UPPER)
+    ]
+    return Paired(candidate=candidate, incumbent=incumbent, noc85=by_target[0], noc90=by_target[1])
+
+
+def _difference(clicks: npt.NDArray[np.int64], drawn: npt.NDArray[np.int64], confidence: float) -> Difference:
+    """Compare clicks (N, 2: candidate, incumbent); `drawn` names the objects of each resample."""
+    ours, theirs = clicks.mean(axis=0)
+    sums = clicks[drawn].sum(axis=1)  # resamples, 2
+    low, high = np.quantile(sums[:, 0] / sums[:, 1] - 1, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Difference(mean=float(ours - theirs), relative=float(ours / theirs - 1), low=float(low), high=float(high))
+
+
+_ROUNDING = 1e-9  # means of equal curves may differ by this
+
+
+def _losses(where: str, found: Paired, margins: Margins) -> list[str]:
+    change = found.noc90
+    if change.relative > margins.lose + _ROUNDING:
+        return [f"It is worse on the {where}: NoC@90 {change.relative:+.1%}, where {margins.lose:+.1%} is allowed."]
+    if change.high > margins.doubt + _ROUNDING:
+        return [
+            f"It may be much worse on the {where}: NoC@90 could be up to {change.high:+.1%}, where "
+            f"{margins.doubt:+.1%} is allowed; more objects would tell."
+        ]
+    return []
+
+
+def _not_won(found: Paired, margins: Margins) -> list[str]:
+    ours, theirs, reasons = found.candidate, found.incumbent, []
+    if not found.noc85.relative < -margins.win - _ROUNDING:
+        wanted = f"by more than {margins.win:.1%} " if margins.win else ""
+        reasons.append(f"It does not win {wanted}on the hold-out: NoC@85 {ours.noc85:.2f} after {theirs.noc85:.2f}.")
+    if ours.iou1 < theirs.iou1 - margins.first - _ROUNDING:
+        reasons.append(f"Its first click is poorer on the hold-out: IoU@1 {ours.iou1:.4f} after {theirs.iou1:.4f}.")
+    return reasons
+
+
+def _figures(where: str, found: Paired) -> str:
+    ours, theirs = found.candidate, found.incumbent
+
+    def change(name: str, before: float, after: float, of: Difference) -> str:
+        return f"{name} {before:.2f} -> {after:.2f} ({of.relative:+.1%}, {of.low:+.1%} to {of.high:+.1%})"
+
+    return (
+        f"On {ours.objects} objects of the {where}: {change('NoC@85', theirs.noc85, ours.noc85, found.noc85)}, "
+        f"{change('NoC@90', theirs.noc90, ours.noc90, found.noc90)}, IoU@1 {theirs.iou1:.3f} -> {ours.iou1:.3f}, "
+        f"misses of IoU 0.90 {theirs.misses90} -> {ours.misses90}."
+    )
+
+
+# --- What is kept ---------------------------------------------------------------------------------------------------
+
+
+def write_verdict(
+    folder: Path,
+    verdict: Verdict,
+    *,
+    holdout: Pairs | None,
+    reference: Pairs,
+    objects: Iterable[Objects] = (),
+    models: Models | None = None,
+) -> None:
+    """Write verdict.json (with the curve of every object), curves.png, and sheet.png where there are objects to show.
+
+    The sheet has a row for each object whose first answer changed most: photo and click, incumbent, candidate.
+
+    Args:
+        folder: where to; made where it is not there.
+        verdict: what `judge` returned.
+        holdout: what it judged.
+        reference: likewise.
+        objects: as for `curves_of`; those of both sets, or of one.
+        models: incumbent (`base`) and candidate (`adapted`); needed to draw the sheet.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sets = {"hold-out": (verdict.holdout, holdout or ()), "reference set": (verdict.reference, reference)}
+    content = verdict.to_json() | {
+        "curves": {
+            name: [{"candidate": ours.to_json(), "incumbent": theirs.to_json()} for ours, theirs in pairs]
+            for name, (_, pairs) in sets.items()
+        }
+    }
+    draft = folder / ".draft-verdict.json"
+    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(folder / "verdict.json")
+    draw_click_curves(
+        folder / "curves.png",
+        {
+            f"{name}, {found.candidate.objects} objects": {
+                "candidate": found.candidate.curve,
+                "incumbent": found.incumbent.curve,
+            }
+            for name, (found, _) in sets.items()
+            if found is not None
+        },
+    )
+    if models is not None:
+        pairs = [pair for _, pairs in sets.values() for pair in pairs]
+        _draw_changes(folder / "sheet.png", pairs, objects, models)
+
+
+def _draw_changes(path: Path, pairs: Pairs, objects: Iterable[Objects], models: Models) -> None:
+    change = {ours.object: ours.ious[0] - theirs.ious[0] for ours, theirs in pairs}
+    shown = set(sorted(change, key=lambda key: (-abs(change[key]), key))[:_SHEET_ROWS])
+    rows = {}
+    for scene, masks in objects:
+        for mask in masks:
+            if (key := _key(scene, mask)) in shown:
+                rows[key] = _row(Bench(models, scene, mask, Options()))
+    if rows:
+        draw_rows(path, [rows[key] for key in sorted(rows, key=lambda key: (-abs(change[key]), key))])
+
+
+def _row(bench: Bench) -> list[Any]:
+    pixels, truth, click, level = bench.scene.pixels(), bench.truth, bench.first, _level(bench.scene, bench.mask)
+    cells = [draw_cell(pixels, None, truth, click, f"{bench.mask.name or bench.mask.level} {level.value}")]
+    for label, segmenter in (("incumbent", bench.models.base), ("candidate", bench.models.adapted)):
+        mask, iou = bench.answer(segmenter, granularity=level)
+        cells.append(draw_cell(pixels, mask, truth, click, f"{label}: {iou:.2f}"))
+    return cells

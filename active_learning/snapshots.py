@@ -1,0 +1,133 @@
+"""A snapshot of corrections as annotated photos: which mask is part of which, and how fine each one is.
+
+A mask that lies in another of the same photo is its part. Its granularity is what the annotator gave; else its scale,
+the share of the mask around it that it takes (`model.granularity.scale`), which is what the shipped adapter learned to
+call a level; a mask with nothing around it is a whole. Parts of one whole that belong together (left and right wheel)
+are merged into the levels between them (`model.trie`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from active_learning.corrections import Correction, Snapshot, held_out, parents_of
+from active_learning.images import ImageStore
+from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet
+from model.granularity import scale
+from model.trie import merge_siblings
+from model.types import Click
+
+log = logging.getLogger(__name__)
+
+HOLD_OUT, TRAIN = "hold-out", "train"
+"""Splits of a snapshot's photos, by the digest of the photo alone."""
+_LEAST_GRANULARITY = 0.01
+
+
+def annotated(snapshot: Snapshot, images: ImageStore) -> AnnotationSet:
+    """Return the photos of a snapshot with their masks, in the splits `train` and `hold-out`.
+
+    Every corrected mask has its granularity stated, 0..1; merged levels, made in photos of `train` only, have none. A
+    photo whose file is gone is left out, and so is a mask of another size than the photo's others, with a line in the
+    log.
+    """
+    of_image: dict[str, list[Correction]] = defaultdict(list)
+    for correction in snapshot.corrections:
+        of_image[correction.image].append(correction)
+    found: list[AnnotatedImage] = []
+    following = 1
+    for number, (digest, corrections) in enumerate(sorted(of_image.items()), 1):
+        path = images.path(digest)
+        if path is None:
+            log.warning("image %s is not kept any more: its %d masks are left out", digest[:12], len(corrections))
+            continue
+        size = corrections[0].height, corrections[0].width
+        kept = [c for c in corrections if (c.height, c.width) == size]
+        if len(kept) < len(corrections):
+            log.warning("image %s: %d masks of other sizes are left out", digest[:12], len(corrections) - len(kept))
+        masks = _masks(kept, number, following)
+        split = HOLD_OUT if held_out(digest) else TRAIN
+        if split == TRAIN:
+            masks = merge_siblings(masks, following=following + len(masks))
+        following += len(masks)
+        found.append(
+            AnnotatedImage(
+                id=number, path=path, height=size[0], width=size[1], split=split, masks=masks, known_digest=digest
+            )
+        )
+    return AnnotationSet(name=f"corrections {snapshot.id[:12]}", licence="", images=tuple(found))
+
+
+def write_snapshot(path: Path, snapshot: Snapshot) -> None:
+    """Write a snapshot down, so that a training that is begun again learns from the same; whole or not at all."""
+
+    def plain(value: object) -> str:
+        assert isinstance(value, bytes)  # run lengths, all ASCII
+        return value.decode("ascii")
+
+    content = {"id": snapshot.id, "corrections": [asdict(correction) for correction in snapshot.corrections]}
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(content, default=plain))
+    draft.replace(path)
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """Return what `write_snapshot` wrote."""
+    content = json.loads(path.read_text())
+    return Snapshot(content["id"], tuple(_correction(values) for values in content["corrections"]))
+
+
+def _correction(values: dict[str, Any]) -> Correction:
+    for name in ("mask", "proposed"):
+        if values[name] is not None:
+            values[name]["counts"] = values[name]["counts"].encode("ascii")
+    values["clicks"] = tuple(Click(**click) for click in values["clicks"])
+    return Correction(**values)
+
+
+def of_split(found: AnnotationSet, split: str) -> AnnotationSet:
+    """Return the photos of one split."""
+    return replace(found, images=tuple(image for image in found.images if image.split == split))
+
+
+def _masks(corrections: Sequence[Correction], image_id: int, first: int) -> tuple[AnnotatedMask, ...]:
+    """Return the masks of a photo, ids from `first` on."""
+    ordered = sorted(corrections, key=lambda c: (c.annotation, c.region))
+    plain = [
+        AnnotatedMask(
+            id=first + i,
+            image_id=image_id,
+            name=c.label,
+            level="object",
+            parent_id=None,
+            origin="human",
+            area=0,
+            segmentation=c.mask,
+            granularity=c.granularity,
+        )
+        for i, c in enumerate(ordered)
+    ]
+    pixels = [mask.mask() for mask in plain]
+    made = []
+    for mask, own, parent in zip(plain, pixels, parents_of(pixels), strict=True):
+        stated = mask.granularity
+        if stated is None:
+            stated = 1.0 if parent is None else scale(own, pixels[parent])
+        made.append(
+            replace(
+                mask,
+                area=int(np.count_nonzero(own)),
+                parent_id=None if parent is None else first + parent,
+                level="object" if parent is None else "part",
+                granularity=max(_LEAST_GRANULARITY, stated),
+            )
+        )
+    return tuple(made)

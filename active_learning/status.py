@@ -1,0 +1,166 @@
+"""Trainings as files: what was asked for, what runs, how far it is, and that it shall stop.
+
+One folder for each line of adapters. A request stays until its training has come to an end, however often the process
+that works on it is killed; while one is there, another is not made. Files appear by rename.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+State = Literal["queued", "running", "judging", "published", "kept", "rejected", "failed", "cancelled", "nothing new"]
+ENDED: tuple[State, ...] = ("published", "kept", "rejected", "failed", "cancelled", "nothing new")
+"""How a training ends: `kept` is a candidate that waits for an admin's decision."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingStatus:
+    """Where the training of a line stands."""
+
+    id: str  # names the request: train-<line>-<time>
+    line: str
+    reason: str  # why it was asked for
+    asked_s: float  # UTC seconds
+    state: State = "queued"
+    attempts: int = 0  # processes that began it
+    heard_s: float = 0.0  # when it last showed life
+    snapshot: str | None = None
+    masks: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    left_s: float | None = None  # expected until the steps are done
+    version: str | None = None  # what came of it
+    said: str = ""  # why it ended so
+
+
+class TrainingFolder:
+    """DATA/trainings/<line>."""
+
+    def __init__(self, folder: Path, line: str) -> None:
+        """Name the folder; it is made when something is asked for."""
+        self.folder = folder / line
+        self.line = line
+
+    def ask(self, reason: str, *, now_s: float | None = None) -> TrainingStatus:
+        """Return the pending request, made now unless there is one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        now_s = time.time() if now_s is None else now_s
+        made = TrainingStatus(
+            id=f"train-{self.line}-{int(now_s * 1000)}", line=self.line, reason=reason, asked_s=now_s, heard_s=now_s
+        )
+        draft = self.folder / f".request.{os.getpid()}.{time.monotonic_ns()}"
+        draft.write_text(json.dumps(asdict(made)))
+        try:
+            os.link(draft, self._request)  # fails where there is one already
+        except FileExistsError:
+            pending = self.pending()
+            return made if pending is None else pending
+        finally:
+            draft.unlink()
+        (self.folder / "cancel").unlink(missing_ok=True)
+        self._write(self.folder / "status.json", made)
+        return made
+
+    @property
+    def _request(self) -> Path:
+        return self.folder / "request.json"
+
+    def pending(self) -> TrainingStatus | None:
+        """Return the request that has not come to an end, as it stands."""
+        request = _read(self._request)
+        if request is None:
+            return None
+        status = self.status()
+        return status if status is not None and status.id == request.id else request
+
+    def status(self) -> TrainingStatus | None:
+        """Return the training asked for last, as it stands or as it ended."""
+        return _read(self.folder / "status.json")
+
+    def history(self) -> list[TrainingStatus]:
+        """Return the trainings that ended, oldest first."""
+        path = self.folder / "history.jsonl"
+        if not path.is_file():
+            return []
+        found = [_parse(line) for line in path.read_text().splitlines()]
+        return [status for status in found if status is not None]
+
+    def note(self, status: TrainingStatus, **changes: Any) -> TrainingStatus:
+        """Return `status` changed, written down with the time."""
+        changed = replace(status, heard_s=time.time(), **changes)
+        self._write(self.folder / "status.json", changed)
+        return changed
+
+    def end(self, status: TrainingStatus, state: State, said: str, **changes: Any) -> TrainingStatus:
+        """Write down how a training ended, and let the next one be asked for."""
+        ended = self.note(status, state=state, said=said, left_s=None, **changes)
+        if not any(old.id == ended.id for old in self.history()):  # killed just here and done again
+            with (self.folder / "history.jsonl").open("a") as file:
+                file.write(json.dumps(asdict(ended)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        self._request.unlink(missing_ok=True)
+        (self.folder / "cancel").unlink(missing_ok=True)
+        return ended
+
+    def cancel(self) -> TrainingStatus | None:
+        """Have the pending training stop; return it, or None where nothing is pending."""
+        pending = self.pending()
+        if pending is not None:
+            (self.folder / "cancel").touch()
+        return pending
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the pending training shall stop."""
+        return (self.folder / "cancel").exists()
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Hold the line's lock, which the system gives back when the process dies; False where another holds it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            yield True
+
+    def work(self, status: TrainingStatus) -> Path:
+        """Return the folder of a training's own files."""
+        return self.folder / status.id
+
+    def _write(self, path: Path, status: TrainingStatus) -> None:
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text(json.dumps(asdict(status)))
+        draft.replace(path)
+
+
+def lines_in(folder: Path) -> list[str]:
+    """Return the lines that have a folder of trainings."""
+    return sorted(path.name for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []
+
+
+def _read(path: Path) -> TrainingStatus | None:
+    try:
+        return _parse(path.read_text())
+    except OSError:
+        return None
+
+
+def _parse(text: str) -> TrainingStatus | None:
+    try:
+        values = json.loads(text)
+        return TrainingStatus(**{f.name: values[f.name] for f in fields(TrainingStatus) if f.name in values})
+    except (ValueError, TypeError, KeyError):  # half a line, from a disk that was full
+        return None

@@ -1,0 +1,184 @@
+"""The commands `python -m ml_backend corrections list | show | export | counts`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from active_learning.corrections import Correction, CorrectionStore, held_out
+from active_learning.images import ImageStore
+from ml_backend.settings import Settings
+from model.types import Refusal
+
+app = typer.Typer(no_args_is_help=True, help="Look at what annotators corrected, and take it elsewhere.")
+
+_WIDE = 200  # columns, where the output is no terminal
+
+Project = Annotated[int | None, typer.Option(help="its id in Label Studio; unset: all")]
+Since = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="last changed on this UTC day or later")]
+Annotator = Annotated[int | None, typer.Option(help="their id in Label Studio")]
+
+
+class KindOption(StrEnum):
+    """What became of a region."""
+
+    accepted = "accepted"
+    corrected = "corrected"
+    drawn = "drawn"
+    predicted = "predicted"
+    predicted_changed = "predicted-changed"
+
+
+Kinds = Annotated[list[KindOption] | None, typer.Option("--kind", help="may be given several times; unset: all")]
+
+
+@app.command("list")
+def show_list(
+    context: typer.Context,
+    project: Project = None,
+    since: Since = None,
+    kind: Kinds = None,
+    annotator: Annotator = None,
+    limit: Annotated[int, typer.Option(min=1, help="the newest so many")] = 50,
+) -> None:
+    """List corrections, the newest first."""
+    with _store(context) as store:
+        found = _found(store, project, since, kind, annotator, limit)
+    _print_corrections(found)
+
+
+@app.command()
+def show(
+    context: typer.Context,
+    annotation: Annotated[int, typer.Argument(help="its id in Label Studio")],
+    project: Annotated[int, typer.Option(help="its id in Label Studio")],
+) -> None:
+    """Show all that is known of one annotation's regions."""
+    with _store(context) as store:
+        found = store.get(str(project), annotation)
+    if not found:
+        typer.secho(f"nothing is in use of annotation {annotation} in project {project}", fg="red", err=True)
+        raise typer.Exit(1)
+    for one in found:
+        table = Table.grid(padding=(0, 2))
+        for name, value in _details(one).items():
+            table.add_row(name, escape(value))
+        _console().print(table, "")
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    target: Annotated[Path, typer.Argument(help="folder to make; it must not hold anything yet")],
+    project: Project = None,
+    since: Since = None,
+    kind: Kinds = None,
+    annotator: Annotator = None,
+) -> None:
+    """Write corrections and their pictures as COCO, in a folder that others can read."""
+    from active_learning.exports import write_coco
+
+    settings: Settings = context.obj
+    with _store(context) as store:
+        found = _found(store, project, since, kind, annotator, None)
+    try:
+        written = write_coco(found, ImageStore(settings.data_dir / "images").path, target)
+    except (Refusal, OSError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(1) from error
+    print(f"{written} corrections are in {target}")
+
+
+@app.command()
+def counts(context: typer.Context, project: Project = None) -> None:
+    """Count corrections by kind, annotator and day, and the events that wait or failed."""
+    from ml_backend.inbox import Inbox
+
+    settings: Settings = context.obj
+    with _store(context) as store:
+        found = store.counts(None if project is None else str(project))
+    with closing(Inbox(settings.data_dir / "inbox.sqlite")) as inbox:
+        events, failures = inbox.counts(), inbox.failures()
+    print(f"{found.corrections} corrections in {found.annotations} annotations on {found.images} images")
+    print(f"held out to judge by: {found.held_out} on {found.held_out_images} images")
+    for what, group in (("kind", found.kinds), ("annotator", found.annotators), ("day", found.days)):
+        print(f"by {what}: {', '.join(f'{key} {count}' for key, count in group.items()) or 'none'}")
+    print(f"events: {events['undone']} wait, {events['failed']} failed, {events['done']} done in the last week")
+    for key, action, error in failures[:10]:
+        print(f"  {key} {action}: {error}")
+
+
+@contextmanager
+def _store(context: typer.Context) -> Iterator[CorrectionStore]:
+    settings: Settings = context.obj
+    with closing(CorrectionStore(settings.data_dir / "corrections.sqlite")) as store:
+        yield store
+
+
+def _found(
+    store: CorrectionStore,
+    project: int | None,
+    since: datetime | None,
+    kinds: list[KindOption] | None,
+    annotator: int | None,
+    limit: int | None,
+) -> list[Correction]:
+    return store.corrections(
+        None if project is None else str(project),
+        since_s=since.replace(tzinfo=UTC).timestamp() if since else 0,
+        kinds=[kind.value for kind in kinds] if kinds else None,
+        annotator=annotator,
+        limit=limit,
+    )
+
+
+def _print_corrections(found: list[Correction]) -> None:
+    if not found:
+        print("no corrections yet")
+        return
+    table = Table("changed, UTC", "project", "task", "annotation", "region", "kind", "class", "level", "annotator")
+    for one in found:
+        cells = (
+            *(_moment(one.updated_s), one.project, str(one.task or ""), str(one.annotation), one.region, one.kind),
+            *(one.label, _number(one.granularity), str(one.annotator or "")),
+        )
+        table.add_row(*(escape(cell) for cell in cells))
+    _console().print(table)
+
+
+def _details(one: Correction) -> dict[str, str]:
+    return {
+        "region": one.region,
+        "kind": one.kind,
+        "class": one.label or "none",
+        "level": _number(one.granularity) or "not given",
+        "phrase": one.phrase or "none",
+        "clicks": ", ".join(f"{'+' if c.positive else '-'}({c.x:.0f}, {c.y:.0f})" for c in one.clicks) or "not known",
+        "proposed": "known" if one.proposed is not None else "not known",
+        "adapter": one.adapter or "none",
+        "annotator": str(one.annotator or "not known") + (", ground truth" if one.ground_truth else ""),
+        "changed": f"{_moment(one.updated_s)} UTC",
+        "image": f"{one.image}, {one.width} x {one.height} pixels{', held out' if held_out(one.image) else ''}",
+    }
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"

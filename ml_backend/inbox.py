@@ -1,0 +1,199 @@
+"""What Label Studio reported, kept before it is acted on: raw events, one row each, durable.
+
+Label Studio sends an event once and waits a second, so a webhook does nothing but write it here. The key is the digest
+of the body: the same event five times is one row. Redis only says what to do next; whether it was done stands here.
+
+An event is on the disk when `add` returns. That it was acted on may be forgotten when the power fails: then it is acted
+on again, which changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sqlite3
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""How often an event is tried before a person has to ask for it again (`reconcile --retry`)."""
+_PATIENCE = 10  # each further attempt waits so many times longer
+_KEEP_DONE_S = 7 * 86400.0
+_LONGEST_ERROR = 500  # characters
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS events (
+    key TEXT PRIMARY KEY, action TEXT NOT NULL, body BLOB NOT NULL, packed INTEGER NOT NULL, received_s REAL NOT NULL,
+    state TEXT NOT NULL, attempts INTEGER NOT NULL, touched_s REAL NOT NULL, error TEXT
+);
+CREATE INDEX IF NOT EXISTS events_by_state ON events (state, touched_s);
+CREATE TABLE IF NOT EXISTS regions (kind TEXT PRIMARY KEY, count INTEGER NOT NULL);
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One event as it came."""
+
+    key: str
+    action: str
+    body: bytes  # JSON
+    received_s: float  # UTC
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=5, check_same_thread=False, isolation_level=None)
+    try:
+        db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _SCHEMA)
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
+class Inbox:
+    """The events of one data folder; used by many threads and processes."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the file; one connection, used by one thread at a time."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        try:
+            self._db = _open(path)
+        except sqlite3.OperationalError:  # locked, full, not ours: waiting or a person mends that
+            raise
+        except sqlite3.DatabaseError as error:
+            aside = path.with_suffix(f".damaged-{time.time_ns()}")
+            log.error("%s is damaged (%s): it is kept as %s; run reconcile for what it held", path, error, aside.name)
+            path.rename(aside)
+            self._db = _open(path)
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+    def add(self, body: bytes, action: str) -> str:
+        """Keep an event, and return its key once it is on the disk; one that came before is left as it is.
+
+        Raises:
+            sqlite3.Error: it could not be written.
+        """
+        key = hashlib.blake2b(body, digest_size=16).hexdigest()
+        packed = zlib.compress(body, 1)
+        smaller = len(packed) < len(body)
+        now_s = time.time()
+        with self._lock:
+            self._db.execute("PRAGMA synchronous=FULL")
+            try:
+                self._db.execute(
+                    "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, 'undone', 0, ?, NULL)",
+                    (key, action, packed if smaller else body, smaller, now_s, now_s),
+                )
+            finally:
+                self._db.execute("PRAGMA synchronous=NORMAL")
+        return key
+
+    def read(self, key: str) -> Event | None:
+        """Return an event that is still to be acted on; None for one that is done, or that nobody knows."""
+        query = "SELECT action, body, packed, received_s FROM events WHERE key = ? AND state != 'done'"
+        with self._lock, closing(self._db.execute(query, (key,))) as rows:
+            row = rows.fetchone()
+        if row is None:
+            return None
+        action, body, packed, received_s = row
+        return Event(key=key, action=action, body=zlib.decompress(body) if packed else body, received_s=received_s)
+
+    def state(self, key: str) -> str | None:
+        """Return whether an event is undone, done or failed; None for one that nobody knows."""
+        with self._lock, closing(self._db.execute("SELECT state FROM events WHERE key = ?", (key,))) as rows:
+            row = rows.fetchone()
+        return None if row is None else str(row[0])
+
+    def done(self, key: str, kinds: Mapping[str, int] | None = None, *, note: str | None = None) -> None:
+        """Mark an event as acted on.
+
+        Args:
+            key: of the event.
+            kinds: regions it brought, by kind; counted once, however often this is called.
+            note: why nothing came of it, if so.
+        """
+        with self._writing() as db:
+            changed = db.execute(
+                "UPDATE events SET state = 'done', touched_s = ?, error = ? WHERE key = ? AND state != 'done'",
+                (time.time(), note and note[:_LONGEST_ERROR], key),
+            )
+            if changed.rowcount:
+                db.executemany(
+                    "INSERT INTO regions VALUES (?, ?) ON CONFLICT (kind) DO UPDATE SET count = count + excluded.count",
+                    (kinds or {}).items(),
+                )
+
+    def failed(self, key: str, error: str) -> bool:
+        """Note that acting on an event failed; return whether it will be tried again by itself."""
+        with self._writing() as db:
+            db.execute(
+                "UPDATE events SET attempts = attempts + 1, touched_s = ?, error = ?,"
+                " state = CASE WHEN attempts + 1 < ? THEN 'undone' ELSE 'failed' END WHERE key = ? AND state != 'done'",
+                (time.time(), error[:_LONGEST_ERROR], ATTEMPTS, key),
+            )
+        return self.state(key) == "undone"
+
+    def undone(self, limit: int, older_than_s: float) -> list[str]:
+        """Return the keys of events to act on, oldest first.
+
+        Args:
+            limit: how many at most.
+            older_than_s: that long ago they came; ten times as long after a failure, and again after the next.
+        """
+        query = (
+            "SELECT key FROM events WHERE state = 'undone' AND touched_s <= ? - ? * (CASE attempts WHEN 0 THEN 1"
+            f" WHEN 1 THEN {_PATIENCE} ELSE {_PATIENCE**2} END) ORDER BY received_s LIMIT ?"
+        )
+        with self._lock, closing(self._db.execute(query, (time.time(), older_than_s, limit))) as rows:
+            return [key for (key,) in rows]
+
+    def retry(self) -> int:
+        """Have all events that were given up tried again; return how many there are."""
+        with self._writing() as db:
+            reopened = db.execute("UPDATE events SET state = 'undone', attempts = 0 WHERE state = 'failed'")
+            return reopened.rowcount
+
+    def failures(self) -> list[tuple[str, str, str]]:
+        """Return key, action and error of the events that were given up, the newest first."""
+        query = "SELECT key, action, error FROM events WHERE state = 'failed' ORDER BY received_s DESC"
+        with self._lock, closing(self._db.execute(query)) as rows:
+            return list(rows)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many events are undone, done and failed."""
+        with self._lock, closing(self._db.execute("SELECT state, COUNT(*) FROM events GROUP BY state")) as rows:
+            return {"undone": 0, "done": 0, "failed": 0} | dict(rows)
+
+    def regions(self) -> dict[str, int]:
+        """Return how many regions events brought so far, by kind."""
+        with self._lock, closing(self._db.execute("SELECT kind, count FROM regions")) as rows:
+            return dict(rows)
+
+    def prune(self) -> int:
+        """Forget events done more than a week ago; return how many they were."""
+        with self._writing() as db:
+            before_s = time.time() - _KEEP_DONE_S
+            return db.execute("DELETE FROM events WHERE state = 'done' AND touched_s < ?", (before_s,)).rowcount
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:  # something was raised, and SQLite has not gone back by itself
+                    self._db.execute("ROLLBACK")

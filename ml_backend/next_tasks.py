@@ -1,0 +1,354 @@
+"""Which task next: looks at a project's unlabelled images and gives each task the score Label Studio serves them by.
+
+Label Studio's uncertainty sampling shows the task with the lowest prediction score first, but only among predictions
+whose model version is the project's. So each task gets one prediction of ours, of the version that serves, without
+regions (or with those of GRACO_PRELABEL), scored by `active_learning.selection`. With more than one annotator it draws
+at random among all tasks that have such a prediction (1.23), so then only the most useful ones get one.
+
+What was computed is kept in DATA/selection/<project>-<version>.jsonl, one line for each task: a second run goes on, and
+looks anew only at tasks whose image's address has changed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
+from active_learning.selection import Uncertainty, feature, priorities, uncertainty
+from ml_backend.fetch import Fetcher, make_fetcher
+from ml_backend.images import TaskImage
+from ml_backend.label_config import LabelConfig, read_config
+from ml_backend.label_studio import read_batch
+from ml_backend.predictions import predict_tasks
+from ml_backend.service import FAMILY, Service
+from model.bars import progress_bar
+from model.segmenter import Segmenter
+from model.types import Refusal
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SAMPLING = "Uncertainty sampling"
+SHARED_OUT = 20  # tasks that get a score where Label Studio draws among them at random
+CLICKS = 8  # places an image is asked at
+_PAGE = 100
+_LIMIT_S = 60.0  # for one answer of Label Studio
+_WIDTH = 512  # numbers of a feature
+_OURS = re.compile(rf"{FAMILY}-[0-9a-f]{{8}}(\+.*)?")
+
+
+class _Project(msgspec.Struct):
+    id: int
+    label_config: str | None = None
+    model_version: str | None = None
+    sampling: str | None = None
+
+
+class _Prediction(msgspec.Struct):
+    id: int
+    model_version: str | None = None
+    score: float | None = None
+    result: Any = None
+
+
+class _Task(msgspec.Struct):
+    id: int
+    data: dict[str, Any]
+    predictions: list[_Prediction] = []
+
+
+class _Page(msgspec.Struct):
+    total: int
+    tasks: list[_Task]
+
+
+class _Annotator(msgspec.Struct):
+    id: int
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Look:
+    """What was seen of a task: how unsure the network is of its image, and what it resembles."""
+
+    task: int
+    images: str  # digest of the addresses
+    uncertainty: Uncertainty | None  # None: not asked for, since the task is labelled
+    feature: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one run has come to."""
+
+    version: str  # that the scores belong to
+    looked: int  # tasks looked at in this run
+    refused: int  # of these, how many images cannot be had
+    left: int  # unlabelled tasks not looked at yet
+    scored: int  # tasks that have a score now
+    several: bool  # people annotate: Label Studio draws among the tasks that have a score
+    advice: str  # what is still to be done so that Label Studio serves by them; empty if nothing
+
+    def __str__(self) -> str:
+        """Say it to the person who asked."""
+        said = f"{self.looked} tasks looked at, {self.refused} of them without an image, {self.left} still to look at; "
+        said += f"{self.scored} have a score of {self.version}"
+        if self.several:
+            said += ", of which Label Studio shows any, since several people annotate"
+        return f"{said}\n{self.advice}" if self.advice else said
+
+
+def score_tasks(
+    service: Service,
+    project: int,
+    *,
+    limit: int | None = None,
+    best: int | None = None,
+    set_sampling: bool = False,
+    clicks: int = CLICKS,
+    console: Console | None = None,
+) -> Outcome:
+    """Score a project's unlabelled tasks, so that the most useful one comes first in the label stream.
+
+    Args:
+        service: the model and its caches.
+        project: its id in Label Studio.
+        limit: unlabelled tasks looked at in this run at most; the next run goes on.
+        best: tasks that get a score at most, the most useful ones; None: all, or `SHARED_OUT` where several annotate.
+        set_sampling: switch the project to uncertainty sampling by this version.
+        clicks: places the network is asked at in each image.
+        console: where progress is shown; None: nowhere.
+
+    Raises:
+        Refusal: Label Studio cannot be reached or does not let us, or the model cannot be loaded.
+    """
+    console = console or Console(quiet=True)
+    studio = make_fetcher(service.settings)
+    about = _get(studio, f"/api/projects/{project}", _Project)
+    config = read_config(about.label_config or "")
+    serving = service.serving(project)
+    version = serving.model_version
+    unlabelled = list(_tasks(studio, project, labelled=False))
+    labelled = list(_tasks(studio, project, labelled=True))
+    looks = _Looks(service.settings.data_dir / "selection" / f"{project}-{version}.jsonl")
+    missing = [task for task in unlabelled if looks.get(config, task, unsure=True) is None]
+    wanted = [(task, True) for task in missing[:limit]]
+    wanted += [(task, False) for task in labelled if looks.get(config, task, unsure=False) is None]
+    refused = 0
+    with progress_bar(console) as bar:
+        for task, unsure in bar.track(wanted, description="looking"):
+            try:
+                looks.add(_look(service, serving.segmenter, config, task, clicks if unsure else 0))
+            except Refusal as refusal:
+                refused += 1
+                log.warning("task %d has no score: %s", task.id, refusal)
+        scores = _scores(looks, config, unlabelled, labelled)
+        several = len(_get(studio, f"/api/projects/{project}/annotators/", list[_Annotator])) > 1
+        if best is None:
+            best = SHARED_OUT if several else len(scores)
+        by_id = {task.id: task for task in unlabelled}
+        for place, (task_id, score) in enumerate(bar.track(scores.items(), description="writing")):
+            task = by_id[task_id]
+            regions = partial(_regions, service, config, project, task)
+            _write(studio, task, version, score if place < best else None, regions)
+    advice = ""
+    if scores and (about.model_version, about.sampling) != (version, SAMPLING):
+        served = {"model_version": version, "sampling": SAMPLING}
+        if set_sampling:
+            _send(studio, f"/api/projects/{project}", "PATCH", served)
+        else:
+            advice = (
+                f"Label Studio does not serve by these scores yet; run this again with --set-sampling, or PATCH "
+                f"/api/projects/{project} {json.dumps(served)} (predictions of other versions are then not shown)"
+            )
+    return Outcome(
+        version=version,
+        looked=len(wanted),
+        refused=refused,
+        left=len(missing) - len(missing[:limit]),
+        scored=min(best, len(scores)),
+        several=several,
+        advice=advice,
+    )
+
+
+def _tasks(studio: Fetcher, project: int, *, labelled: bool) -> Iterator[_Task]:
+    """Yield a project's tasks, oldest first; the unlabelled ones with their predictions."""
+    counted = {"filter": "filter:tasks:total_annotations", "type": "Number", "value": 0}
+    items = [counted | {"operator": "greater" if labelled else "equal"}]
+    query = {"filters": {"conjunction": "and", "items": items}, "ordering": ["tasks:id"]}
+    fields = "task_only" if labelled else "all"
+    path = f"/api/tasks?project={project}&page_size={_PAGE}&fields={fields}&resolve_uri=false"
+    page, seen, total = 1, 0, 1
+    while seen < total:
+        found = _get(studio, f"{path}&page={page}&query={quote(json.dumps(query))}", _Page)
+        if not found.tasks:
+            return
+        yield from found.tasks
+        page, seen, total = page + 1, seen + len(found.tasks), found.total
+
+
+def _images(config: LabelConfig, task: _Task) -> list[TaskImage]:
+    return [TaskImage(ask.task_id, ask.uri) for ask in read_batch(config, {"id": task.id, "data": task.data})]
+
+
+def _images_digest(images: Sequence[TaskImage]) -> str:
+    return hashlib.sha256(json.dumps([image.uri for image in images]).encode()).hexdigest()[:16]
+
+
+def _look(service: Service, segmenter: Segmenter, config: LabelConfig, task: _Task, clicks: int) -> Look:
+    """Look at a task's images; of several the one the network is least sure of stands for the task.
+
+    With no click allowed it is not asked how unsure it is.
+    """
+    images = _images(config, task)
+    seen: list[tuple[float, Look]] = []
+    for image in images:
+        encoded, info = service.encode_ahead(image)
+        rng = np.random.default_rng(int(info.id[:16], 16))  # of the image: looked at again, it is the same
+        found = uncertainty(segmenter, encoded, rng, clicks=clicks) if clicks else None
+        look = Look(task=task.id, images=_images_digest(images), uncertainty=found, feature=feature(encoded))
+        seen.append((found.value if found else 0.0, look))
+    return max(seen, key=lambda one: one[0])[1]
+
+
+class _Looks:
+    """Looks by task, in memory and in a file that only grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[int, Look] = {}
+        if path.exists():
+            for line in path.read_bytes().split(b"\n"):
+                look = _read_look(line)
+                if look is not None:
+                    self._known[look.task] = look
+
+    def get(self, config: LabelConfig, task: _Task, *, unsure: bool) -> Look | None:
+        """Return what is known of a task, unless its images have changed."""
+        look = self._known.get(task.id)
+        if look is None or (unsure and look.uncertainty is None):
+            return None
+        return look if look.images == _images_digest(_images(config, task)) else None
+
+    def add(self, look: Look) -> None:
+        self._known[look.task] = look
+        record = {
+            "task": look.task,
+            "images": look.images,
+            "uncertainty": None if look.uncertainty is None else asdict(look.uncertainty),
+            "feature": base64.b64encode(look.feature.astype("<f2").tobytes()).decode(),
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            file.write(b"\n" * _is_torn(self._path) + json.dumps(record).encode() + b"\n")
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether the last line has no end: a run was killed while it wrote."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def _read_look(line: bytes) -> Look | None:
+    try:
+        record = json.loads(line)
+        vector = np.frombuffer(base64.b64decode(record["feature"], validate=True), "<f2").astype(np.float32)
+        found = record["uncertainty"]
+        if vector.shape != (_WIDTH,):
+            return None
+        return Look(
+            task=int(record["task"]),
+            images=str(record["images"]),
+            uncertainty=None if found is None else Uncertainty(**found),
+            feature=vector,
+        )
+    except (ValueError, KeyError, TypeError, binascii.Error):  # half a line, or of another version of this code
+        return None
+
+
+def _scores(
+    looks: _Looks, config: LabelConfig, unlabelled: Sequence[_Task], labelled: Sequence[_Task]
+) -> dict[int, float]:
+    """Return the score of each task that was looked at, most useful first."""
+    found = {task.id: looks.get(config, task, unsure=True) for task in unlabelled}
+    known = {task: look for task, look in found.items() if look is not None}
+    corrected = [look for task in labelled if (look := looks.get(config, task, unsure=False)) is not None]
+    return priorities(
+        {task: look.uncertainty.value for task, look in known.items() if look.uncertainty is not None},
+        {task: look.feature for task, look in known.items()},
+        np.stack([look.feature for look in corrected]) if corrected else np.empty((0, _WIDTH), np.float32),
+    )
+
+
+def _write(studio: Fetcher, task: _Task, version: str, score: float | None, regions: Callable[[], list[Any]]) -> None:
+    """Have one prediction of ours at a task, with this score; None: none, unless it holds regions.
+
+    Predictions of earlier versions of ours go, unless they hold regions: annotations may have begun from those.
+    """
+    ours = [p for p in task.predictions if _OURS.fullmatch(p.model_version or "")]
+    current = sorted((p for p in ours if p.model_version == version), key=lambda p: (bool(p.result), p.id))
+    kept = current[-1] if current and (score is not None or current[-1].result) else None
+    if kept is not None and kept.score != score:
+        _send(studio, f"/api/predictions/{kept.id}/", "PATCH", {"score": 1.0 if score is None else score})
+    if kept is None and score is not None:
+        content = {"task": task.id, "model_version": version, "score": score, "result": regions()}
+        _send(studio, "/api/predictions/", "POST", content)
+    for old in ours:
+        if old is not kept and not old.result:
+            _send(studio, f"/api/predictions/{old.id}/", "DELETE")
+
+
+def _regions(service: Service, config: LabelConfig, project: int, task: _Task) -> list[Any]:
+    """Return what a new prediction shows: nothing, unless the operator wants tasks pre-labelled."""
+    if not service.settings.prelabel:
+        return []
+    asked = [{"id": task.id, "data": task.data}]
+    (answered,) = predict_tasks(service, config, asked, None, project=str(project))
+    return list(answered["result"])
+
+
+def _get(studio: Fetcher, path: str, kind: type[T]) -> T:
+    body = _ask(studio, path, "GET")
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise Refusal(f"the answer to {path.partition('?')[0]} is not Label Studio's; check LABEL_STUDIO_URL") from None
+
+
+def _send(studio: Fetcher, path: str, method: str, content: object = None) -> None:
+    _ask(studio, path, method, None if content is None else json.dumps(content).encode())
+
+
+def _ask(studio: Fetcher, path: str, method: str, content: bytes | None = None) -> bytes:
+    answer = studio.ask(path, timeout_s=_LIMIT_S, method=method, content=content)
+    if answer.status in (200, 201, 204) or (answer.status == 404 and method == "DELETE"):
+        return answer.body
+    route = f"{method} {path.partition('?')[0]}"
+    if answer.status == 401 and studio.auth is not None:
+        raise studio.auth.refused()
+    if answer.status in (401, 403, 404):
+        raise Refusal(
+            f"Label Studio answered {answer.status} to {route}; there is no such project or task, or the token's user "
+            "may not change it: use the token of a manager or administrator in LABEL_STUDIO_API_KEY"
+        )
+    raise Refusal(f"Label Studio answered {answer.status} to {route}; look into Label Studio's log")

@@ -1,0 +1,217 @@
+"""What webhooks lost, fetched from Label Studio: annotations newer than the ledger knows, and those it deleted.
+
+Everything goes through the inbox and the same `ingest` as an event does. An annotation counts as deleted only when a
+complete listing of the project lacks it and Label Studio, asked for it by its id, says that it is not there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
+
+import msgspec
+
+from ml_backend.fetch import Fetcher, make_fetcher
+from ml_backend.ingest import Intake, annotation_event, ingest
+from ml_backend.label_studio import Json, changed_s
+from ml_backend.settings import Settings
+from model.types import Refusal
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PAGE = 50  # tasks, with all their masks
+_PROJECTS_PAGE = 100
+_LIMIT_S = 60.0  # of one page
+_MARGIN_S = 300.0  # by which clocks, and requests under way, may differ
+_NEWEST_FIRST = quote('{"ordering":["-tasks:updated_at"]}')
+_BY_ID = quote('{"ordering":["tasks:id"]}')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconciled:
+    """What was found."""
+
+    projects: int
+    added: int  # annotations put into the inbox
+    deleted: int  # annotations that Label Studio no longer has
+
+
+class _Project(msgspec.Struct):
+    id: int
+    label_config: str | None = None
+
+
+class _Projects(msgspec.Struct):
+    results: list[_Project]
+    next: str | None = None
+
+
+class _Backend(msgspec.Struct):
+    url: str
+
+
+class _Tasks(msgspec.Struct):
+    tasks: list[dict[str, Any]]
+    total: int
+
+
+def reconcile(
+    settings: Settings,
+    intake: Intake,
+    *,
+    project: int | None = None,
+    since_s: float | None = None,
+    report: Callable[[int, int, int], None] | None = None,
+) -> Reconciled:
+    """Put into the inbox what Label Studio has and the ledger has not, and delete what it has no longer.
+
+    Args:
+        settings: Label Studio's address and token, and the port that projects connect to us by.
+        intake: where it goes.
+        project: only this one, connected or not; None: all that are connected to us.
+        since_s: UTC; only tasks changed since then are looked at, and deletions are left to another time. None: all.
+        report: is called with a project's id, its tasks looked at and how many it has.
+
+    Raises:
+        Refusal: Label Studio cannot be asked, or the token's user may not see the projects.
+    """
+    studio = make_fetcher(settings)
+    projects = [_get(studio, f"/api/projects/{project}/", _Project)] if project is not None else None
+    looked, added, deleted = 0, 0, 0
+    for one in projects if projects is not None else _connected(studio, settings):
+        try:
+            new, gone = _project(studio, intake, one, since_s, report)
+        except Refusal as refusal:
+            if projects is not None:
+                raise
+            log.warning("project %d could not be compared: %s", one.id, refusal)
+            continue
+        looked, added, deleted = looked + 1, added + new, deleted + gone
+    return Reconciled(projects=looked, added=added, deleted=deleted)
+
+
+def take_in(intake: Intake, report: Callable[[int, int], None] | None = None) -> None:
+    """Act on all events of the inbox that are undone, in this process.
+
+    Args:
+        intake: whose inbox.
+        report: is called with how many were acted on and how many there are.
+    """
+    waiting = intake.inbox.undone(1_000_000, 0)
+    place = 0
+    while place < len(waiting):
+        waiting += ingest(intake, waiting[place])
+        place += 1
+        if report is not None:
+            report(place, len(waiting))
+
+
+def _connected(studio: Fetcher, settings: Settings) -> Iterator[_Project]:
+    page = 1
+    while True:
+        query = f"page={page}&page_size={_PROJECTS_PAGE}&include=id,label_config"
+        found = _get(studio, f"/api/projects?{query}", _Projects)
+        for project in found.results:
+            backends = _get(studio, f"/api/ml?project={project.id}", list[_Backend])
+            if any(_port(backend.url) == settings.port for backend in backends):
+                yield project
+        if not found.next:
+            return
+        page += 1
+
+
+def _port(url: str) -> int | None:
+    try:
+        parts = urlsplit(url)
+        return parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return None
+
+
+def _project(
+    studio: Fetcher,
+    intake: Intake,
+    project: _Project,
+    since_s: float | None,
+    report: Callable[[int, int, int], None] | None,
+) -> tuple[int, int]:
+    begun_s = time.time()
+    known = intake.corrections.known(str(project.id))
+    seen: set[int] = set()
+    present: set[int] = set()
+    totals: set[int] = set()
+    added, complete, page = 0, True, 1
+    while True:
+        order = _BY_ID if since_s is None else _NEWEST_FIRST
+        query = f"project={project.id}&page={page}&page_size={_PAGE}&fields=all&query={order}"
+        found = _get(studio, f"/api/tasks?{query}", _Tasks)
+        totals.add(found.total)
+        for task in found.tasks:
+            annotations = task.get("annotations")
+            if not isinstance(annotations, list) or not isinstance(task.get("id"), int):
+                complete = False
+                continue
+            seen.add(task["id"])
+            for annotation in annotations:
+                number = annotation.get("id") if isinstance(annotation, dict) else None
+                if not isinstance(number, int):
+                    complete = False
+                    continue
+                present.add(number)
+                if (changed_s(annotation) or begun_s) > known.get(number, 0):
+                    added += _add(intake, annotation, task, project)
+        if report is not None:
+            report(project.id, len(seen), found.total)
+        if page * _PAGE >= found.total or not found.tasks or _is_older(found.tasks[-1], since_s):
+            break
+        page += 1
+    if since_s is not None or not complete or totals != {len(seen)}:  # tasks came or went meanwhile
+        return added, 0
+    for number in sorted(known.keys() - present):
+        if _status(studio, f"/api/annotations/{number}/") != 404:
+            present.add(number)
+    gone = intake.corrections.delete_missing(str(project.id), present, before_s=begun_s)
+    if gone:
+        log.info("project %d: Label Studio no longer has the annotations %s", project.id, gone)
+    return added, len(gone)
+
+
+def _add(intake: Intake, annotation: Json, task: Json, project: _Project) -> bool:
+    """Put an annotation into the inbox; return whether it is to be acted on."""
+    body = annotation_event(annotation, task, {"id": project.id, "label_config": project.label_config})
+    key = intake.inbox.add(body, "ANNOTATION_UPDATED")
+    return intake.inbox.state(key) == "undone"
+
+
+def _is_older(task: Json, since_s: float | None) -> bool:
+    return since_s is not None and (changed_s(task) or 0) < since_s - _MARGIN_S
+
+
+def _status(studio: Fetcher, path: str) -> int:
+    return studio.ask(path, timeout_s=_LIMIT_S).status
+
+
+def _get(studio: Fetcher, path: str, kind: type[T]) -> T:
+    """Return what Label Studio's API says, of the shape we expect."""
+    answer = studio.ask(path, timeout_s=_LIMIT_S)
+    route = path.partition("?")[0]
+    if answer.status == 401 and studio.auth is not None:
+        raise studio.auth.refused()
+    if answer.status != 200:
+        raise Refusal(
+            f"Label Studio answered {answer.status} to {route}; see that LABEL_STUDIO_API_KEY is the token of a user "
+            "who may see the project, and look into Label Studio's log"
+        )
+    try:
+        return msgspec.json.decode(answer.body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise Refusal(
+            f"the answer to {route} is not Label Studio's; check that LABEL_STUDIO_URL leads to it and not to a page "
+            "of a proxy"
+        ) from None

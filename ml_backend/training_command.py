@@ -1,0 +1,89 @@
+"""The commands `python -m ml_backend train start | status | cancel`."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from active_learning.status import ENDED, TrainingStatus, lines_in
+from ml_backend.settings import Settings
+from ml_backend.trainings import folder_of, line_of, request
+
+app = typer.Typer(no_args_is_help=True, help="Ask for a training, look at trainings, stop one.")
+
+Project = Annotated[int | None, typer.Option(help="The project; none: the shared line.")]
+
+
+@app.command()
+def start(
+    project: Project = None, wait: Annotated[bool, typer.Option(help="wait until it has come to an end")] = False
+) -> None:
+    """Ask for a training on all corrections of a project; one that is pending already is as good."""
+    settings = Settings()
+    status = request(settings, _line(settings, project), "asked for by command")
+    print(f"{status.id}: {status.state}")
+    if not wait:
+        return
+    while True:
+        now = folder_of(settings, status.line).status()
+        if now is not None and now.id == status.id and now.state in ENDED:
+            print(f"{now.state}: {now.said}")
+            raise typer.Exit(1 if now.state == "failed" else 0)
+        time.sleep(1)
+
+
+@app.command("status")
+def show(
+    project: Project = None, last: Annotated[int, typer.Option(min=1, help="trainings of each line to show")] = 10
+) -> None:
+    """Show trainings that run, wait or ended, by line."""
+    settings = Settings()
+    folder = settings.data_dir / "trainings"
+    lines = lines_in(folder) if project is None else [_line(settings, project)]
+    table = Table("training", "asked, UTC", "why", "state", "masks", "steps", "loss", "left", "version", "said")
+    for line in lines:
+        trainings = folder_of(settings, line)
+        pending = trainings.pending()
+        for status in [*trainings.history()[-last:], *([] if pending is None else [pending])]:
+            table.add_row(*(escape(text) for text in _cells(status)))
+    if table.row_count:
+        Console().print(table)
+    else:
+        print("no training was asked for yet")
+
+
+@app.command()
+def cancel(project: Project = None) -> None:
+    """Stop the training that is pending; nothing of it is served."""
+    settings = Settings()
+    line = _line(settings, project)
+    status = folder_of(settings, line).cancel()
+    if status is None:
+        print(f"no training of {line} is pending")
+        raise typer.Exit(1)
+    print(f"{status.id} will stop at its next step")
+
+
+def _line(settings: Settings, project: int | None) -> str:
+    return "shared" if project is None else line_of(settings, project)
+
+
+def _cells(status: TrainingStatus) -> tuple[str, ...]:
+    return (
+        status.id,
+        datetime.fromtimestamp(status.asked_s, UTC).strftime("%Y-%m-%d %H:%M:%S"),
+        status.reason,
+        status.state,
+        str(status.masks),
+        f"{status.step}/{status.steps}" if status.steps else "",
+        "" if status.loss is None else f"{status.loss:.3f}",
+        "" if status.left_s is None else f"{status.left_s:.0f} s",
+        status.version or "",
+        status.said,
+    )

@@ -1,0 +1,270 @@
+"""One training cycle on drawn corrections: its order, what comes of it, and what survives a kill."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from active_learning.corrections import Correction, CorrectionStore, held_out
+from active_learning.cycle import Limits, When, Workplace, due, project_of, run
+from active_learning.gate import Margins
+from active_learning.images import ImageStore
+from active_learning.learn import LearningConfig
+from active_learning.registry import AdapterRegistry
+from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split
+from active_learning.status import TrainingFolder
+from model.adapter import read_adapter
+from model.annotations import encode, read_annotations
+from model.segmenter import BUNDLED_ADAPTER
+from tests.active_learning.drawn import HEIGHT, WIDTH, strip, strip_masks
+
+NIGHT = When(after=0, night_h=(22, 6))
+DAY_S = 86400.0
+QUICK = LearningConfig(fewest_steps=4, most_steps=4, clicks=1, checkpoint_every=1)
+EASY = Margins(lose=5.0, doubt=50.0, least_objects=1, limit=2, budget=2)
+
+
+def fill(store: CorrectionStore, images: ImageStore, *, photos: int, project: str = "3") -> None:
+    """Add corrections on `photos` drawn photos, some of them held out."""
+    for number in range(photos):
+        pixels = strip()
+        pixels[:4, :4] = number  # so that each is another file
+        file = BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        digest = hashlib.sha256(file.getvalue()).hexdigest()
+        images.put(digest, file.getvalue())
+        regions = [
+            Correction(
+                project=project,
+                annotation=number,
+                region=name,
+                task=number,
+                image=digest,
+                height=HEIGHT,
+                width=WIDTH,
+                mask=encode(mask),
+                label=name,
+                granularity=None,
+                phrase=None,
+                clicks=(),
+                kind="drawn",
+                proposed=None,
+                adapter=None,
+                annotator=1,
+                ground_truth=False,
+                updated_s=1000.0 + number,
+            )
+            for name, mask in strip_masks().items()
+        ]
+        store.replace(project, number, regions, updated_s=1000.0 + number)
+
+
+@pytest.fixture
+def place(tmp_path, segmenter, data, embeddings) -> Workplace:
+    found = read_annotations(data / "strip")
+    store = CorrectionStore(tmp_path / "corrections.sqlite")
+    yield Workplace(
+        store=store,
+        images=ImageStore(tmp_path / "images"),
+        registry=AdapterRegistry(tmp_path / "adapters", base=segmenter.digest),
+        segmenter=segmenter,
+        embeddings=embeddings,
+        configured=BUNDLED_ADAPTER,
+        replay=found,
+        reference=found,
+    )
+    store.close()
+
+
+@pytest.fixture
+def trainings(tmp_path) -> TrainingFolder:
+    return TrainingFolder(tmp_path / "trainings", "project-3")
+
+
+def carry_out(place, trainings, **changes):
+    values = {"config": QUICK, "margins": EASY, "limits": Limits(precision="no")} | changes
+    return run(place, trainings, trainings.ask("a test"), **values)
+
+
+def test_a_training_is_due_by_number_by_hours_and_once_a_night():
+    assert due(When(after=2), new=2, last_s=None, now_s=0) == "2 new corrections"
+    assert due(When(after=2), new=1, last_s=None, now_s=0) is None
+    hours = When(after=0, every_h=2)
+    assert due(hours, new=1, last_s=0.0, now_s=7200) is not None
+    assert due(hours, new=1, last_s=0.0, now_s=7199) is None
+    assert due(hours, new=0, last_s=0.0, now_s=9000) is None
+    noon, evening, midnight = DAY_S + 12 * 3600, DAY_S + 22 * 3600, 2 * DAY_S + 60
+    assert due(NIGHT, new=1, last_s=noon - 3600, now_s=noon) is None
+    assert due(NIGHT, new=1, last_s=noon, now_s=evening) is not None
+    assert due(NIGHT, new=1, last_s=evening, now_s=midnight) is None
+    assert due(NIGHT, new=1, last_s=noon, now_s=midnight) is not None
+
+
+def test_a_line_names_its_project():
+    assert (project_of("project-12"), project_of("shared")) == ("12", None)
+
+
+def test_a_cycle_learns_judges_and_keeps_a_version_with_its_card_and_pictures(place, trainings):
+    fill(place.store, place.images, photos=6)
+    ended = carry_out(place, trainings)
+    (version,) = place.registry.versions("project-3")
+    assert ended.state in ("published", "rejected")
+    assert ended.version == version.id
+    assert version.accepted == (ended.state == "published")
+    assert (place.registry.active("project-3") is not None) == version.accepted
+    assert version.snapshot == place.store.snapshot("3").id
+    assert set(version.scores) == {"hold-out", "reference"}
+    folder = place.registry.path(version).parent
+    assert {"verdict.json", "curves.png", "sheet.png"} <= {path.name for path in folder.iterdir()}
+    learned = read_adapter(place.registry.path(version), base=place.segmenter.digest)
+    began = read_adapter(BUNDLED_ADAPTER)
+    assert learned.lora["phrase"].keys() == began.lora["phrase"].keys()
+    assert any((learned.lora["level"][name] != value).any() for name, value in began.lora["level"].items())
+    assert trainings.pending() is None
+    assert not trainings.work(ended).exists()
+
+
+def test_the_same_corrections_are_not_trained_on_twice(place, trainings):
+    fill(place.store, place.images, photos=3)
+    first = carry_out(place, trainings)
+    again = carry_out(place, trainings)
+    assert (again.state, again.version) == ("nothing new", first.version)
+    assert len(place.registry.versions("project-3")) == 1
+
+
+def test_without_corrections_nothing_is_trained(place, trainings):
+    assert carry_out(place, trainings).said == "there are no corrections yet"
+
+
+def test_with_too_few_held_out_objects_the_admin_is_asked_or_the_setting_decides(place, trainings):
+    fill(place.store, place.images, photos=3)
+    many = replace(EASY, least_objects=30, limit=30)
+    kept = carry_out(place, trainings, margins=many)
+    assert kept.state == "kept"
+    assert f"adapters activate project-3 {kept.version}" in kept.said
+    assert place.registry.active("project-3") is None
+    fill(place.store, place.images, photos=4)
+    served = carry_out(place, trainings, margins=many, limits=Limits(precision="no", too_few="publish"))
+    assert served.state == "published"
+    active = place.registry.active("project-3")
+    assert active is not None
+    assert active.id == served.version
+
+
+def test_a_candidate_that_loses_on_the_reference_set_is_kept_and_does_not_serve(place, trainings):
+    fill(place.store, place.images, photos=6)
+    strict = replace(EASY, win=0.99)
+    ended = carry_out(place, trainings, margins=strict)
+    assert ended.state == "rejected"
+    assert "does not win" in ended.said
+    assert place.registry.active("project-3") is None
+
+
+def test_a_cancelled_training_ends_at_its_next_step(place, trainings):
+    fill(place.store, place.images, photos=3)
+    trainings.ask("a test")
+    trainings.cancel()
+    assert carry_out(place, trainings).state == "cancelled"
+    assert place.registry.versions("project-3") == []
+
+
+def test_a_training_that_takes_too_long_fails_with_a_sentence_and_blocks_no_other(place, trainings):
+    fill(place.store, place.images, photos=3)
+    ended = carry_out(place, trainings, limits=Limits(precision="no", time_s=0.0))
+    assert ended.state == "failed"
+    assert "GRACO_TRAIN_LIMIT_MINUTES" in ended.said
+    assert carry_out(place, trainings).state in ("published", "rejected", "kept")
+
+
+def test_a_snapshot_taken_stays_the_same_when_corrections_come_in_meanwhile(place, trainings):
+    fill(place.store, place.images, photos=3)
+    before = place.store.snapshot("3").id
+    once = iter([True])
+
+    def pause() -> None:
+        if next(once, False):
+            fill(place.store, place.images, photos=5)
+
+    ended = carry_out(place, trainings, pause=pause)
+    assert ended.snapshot == before
+    assert place.store.snapshot("3").id != before
+
+
+_CHILD = """
+import sys
+from pathlib import Path
+from dataclasses import replace
+import torch
+torch.set_num_threads(1)
+from active_learning.corrections import CorrectionStore
+from active_learning.cycle import Limits, Workplace, run
+from active_learning.images import ImageStore
+from active_learning.registry import AdapterRegistry
+from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split
+from active_learning.status import TrainingFolder
+from model.annotations import read_annotations
+from model.segmenter import BUNDLED, BUNDLED_ADAPTER, load_segmenter
+from tests.active_learning.test_cycle import EASY, QUICK
+folder, data, embeddings = map(Path, sys.argv[1:4])
+segmenter = load_segmenter("light", BUNDLED, encoder="exact", device="cpu")
+found = read_annotations(data / "strip")
+place = Workplace(store=CorrectionStore(folder / "corrections.sqlite"), images=ImageStore(folder / "images"),
+    registry=AdapterRegistry(folder / "adapters", base=segmenter.digest), segmenter=segmenter, embeddings=embeddings,
+    configured=BUNDLED_ADAPTER, replay=found, reference=found)
+trainings = TrainingFolder(folder / "trainings", "project-3")
+with trainings.alone() as ours:
+    print("ready", flush=True)
+    run(place, trainings, trainings.pending(), config=replace(QUICK, fewest_steps=12, most_steps=12), margins=EASY,
+        limits=Limits(precision="no"))
+"""
+
+
+def test_a_trainer_killed_again_and_again_goes_on_and_publishes_one_version(
+    place, trainings, tmp_path, data, embeddings
+):
+    fill(place.store, place.images, photos=6)
+    status = trainings.ask("a test")
+    rng = np.random.default_rng(0)
+    steps = []
+    arguments = [sys.executable, "-c", _CHILD, str(tmp_path), str(data), str(embeddings)]
+    for _ in range(20):
+        child = subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+        assert child.stdout is not None
+        with child, child.stdout:
+            child.stdout.readline()
+            time.sleep(float(rng.uniform(0.2, 3.0)))
+            os.kill(child.pid, signal.SIGKILL)
+        now = trainings.status()
+        assert now is not None
+        steps.append(now.step)
+        if trainings.pending() is None:
+            break
+    if trainings.pending() is not None:
+        subprocess.run(arguments, check=True, cwd=Path(__file__).parents[2])
+    ended = trainings.status()
+    assert ended is not None
+    assert (ended.id, ended.state in ("published", "rejected")) == (status.id, True)
+    assert steps == sorted(steps)
+    (version,) = place.registry.versions("project-3")
+    assert version.id == ended.version
+    assert json.loads((trainings.folder / "history.jsonl").read_text())["id"] == status.id
+
+
+def test_held_out_photos_are_never_learned_from(place, trainings):
+    fill(place.store, place.images, photos=12)
+    held = [c.image for c in place.store.corrections("3") if held_out(c.image)]
+    assert held
+
+    found = annotated(place.store.snapshot("3"), place.images)
+    assert {image.digest() for image in of_split(found, HOLD_OUT).images} == set(held)
+    assert not {image.digest() for image in of_split(found, TRAIN).images} & set(held)

@@ -1,0 +1,131 @@
+"""Trainings through a real Redis and a real worker: asked for, carried out, killed, gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from active_learning.corrections import CorrectionStore
+from active_learning.images import ImageStore
+from active_learning.registry import AdapterRegistry
+from ml_backend.jobs import connect
+from ml_backend.settings import Settings
+from ml_backend.trainings import Patience, enqueue, folder_of, line_of, request, requeue
+from tests.active_learning.test_cycle import fill
+from tests.conftest import ROOT
+from tests.ml_backend.conftest import wait_until
+
+
+@pytest.fixture
+def connection(redis_url):
+    with connect(redis_url) as connection:
+        yield connection
+
+
+@pytest.fixture
+def settings(tmp_path, redis_url) -> Settings:
+    return Settings(data_dir=tmp_path, redis_url=redis_url, train_steps=3, train_too_few="publish")
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    return os.environ | {
+        "GRACO_DATA_DIR": str(settings.data_dir),
+        "GRACO_REDIS_URL": str(settings.redis_url),
+        "GRACO_TRAIN_STEPS": "3",
+        "GRACO_TRAIN_TOO_FEW": "publish",
+        "GRACO_ENCODER": "exact",
+    }
+
+
+def trainer(settings: Settings) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ml_backend", "trainer", "--once"]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(settings), start_new_session=True)
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def test_asking_again_while_a_training_waits_queues_one_job(settings, connection):
+    first = request(settings, "project-3", "the button")
+    again = request(settings, "project-3", "50 new corrections")
+    assert first.id == again.id
+    assert [one.id for one in requeue(settings, connection)] == [first.id]
+    assert requeue(settings, connection) == []
+    assert connection.llen("rq:queue:training") == 1
+
+
+def test_a_job_left_by_a_killed_worker_is_queued_again_when_nothing_was_heard_of_it(settings, connection):
+    status = request(settings, "project-3", "the button")
+    requeue(settings, connection)
+    connection.delete("rq:queue:training")  # a worker took it and died
+    connection.hset(f"rq:job:{status.id}-1", "status", "started")
+    trainings = folder_of(settings, "project-3")
+    status = trainings.note(status, state="running", attempts=1)
+    assert requeue(settings, connection) == []
+    silent = asdict(status) | {"heard_s": time.time() - 61}
+    (trainings.folder / "status.json").write_text(json.dumps(silent))
+    assert [one.id for one in requeue(settings, connection)] == [status.id]
+
+
+def test_a_training_whose_process_dies_again_and_again_fails_with_a_sentence(settings, connection):
+    trainings = folder_of(settings, "project-3")
+    status = trainings.note(trainings.ask("the button"), attempts=40)
+    assert requeue(settings, connection) == []
+    ended = trainings.status()
+    assert ended is not None
+    assert (ended.id, ended.state) == (status.id, "failed")
+    assert "died 40 times" in ended.said
+
+
+def test_lines_follow_the_setting(settings):
+    assert line_of(settings, 3) == "project-3"
+    assert line_of(settings.model_copy(update={"adapter_line": "shared"}), 3) == "shared"
+
+
+def test_training_waits_while_somebody_clicks_but_not_forever(tmp_path):
+    clicked = tmp_path / "clicked"
+    began_s = time.monotonic()
+    Patience(clicked).wait()
+    assert time.monotonic() - began_s < 0.1
+    clicked.touch()
+    Patience(clicked).wait()
+    assert 0.3 < time.monotonic() - began_s < 1.5
+    os.utime(clicked, (time.time() + 3600,) * 2)  # a clock that was set back must not stop trainings
+    began_s = time.monotonic()
+    Patience(clicked).wait()
+    assert time.monotonic() - began_s < 0.1
+
+
+def test_a_training_is_carried_out_although_its_process_is_killed(settings, connection, segmenter):
+    store, images = CorrectionStore(settings.data_dir / "corrections.sqlite"), ImageStore(settings.data_dir / "images")
+    fill(store, images, photos=3)
+    status = request(settings, "project-3", "the button")
+    trainings = folder_of(settings, "project-3")
+    process = trainer(settings)
+    try:
+        wait_until(lambda: trainings.status().state == "running", limit_s=120)
+        for child in children(process.pid):
+            os.kill(child, signal.SIGKILL)
+        assert process.wait(420) == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    ended = trainings.status()
+    assert (ended.id, ended.state, ended.attempts) == (status.id, "published", 2)
+    registry = AdapterRegistry(settings.data_dir / "adapters", base=segmenter.digest)
+    active = registry.active("project-3")
+    assert active is not None
+    assert active.id == ended.version
+    assert active.snapshot == store.snapshot("3").id
+    enqueue(settings, connection, ended)  # a job for something that has ended does nothing
+    assert trainer(settings).wait(60) == 0
+    assert len(registry.versions("project-3")) == 1
+    store.close()
