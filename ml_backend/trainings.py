@@ -13,6 +13,7 @@ import resource
 import time
 from contextlib import closing
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import redis
@@ -248,6 +249,14 @@ class Patience:
             time.sleep(_QUIET_S - quiet_s + 0.01)
 
 
+class _Worker(Worker):
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        """Stop at once, also in mid-training: it goes on where it was when it is begun again."""
+        if self.horse_pid:
+            self.kill_horse()
+        super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
+
+
 def work(settings: Settings, *, once: bool = False) -> None:
     """Carry out trainings one after another until stopped (or, with `once`, until none is asked for).
 
@@ -267,7 +276,7 @@ def work(settings: Settings, *, once: bool = False) -> None:
             requeue(settings, connection)
             queue = Queue(TRAINING, connection=connection, serializer=JSONSerializer)
             if queue.count:
-                worker = Worker([queue], connection=connection, serializer=JSONSerializer)
+                worker = _Worker([queue], connection=connection, serializer=JSONSerializer)
                 worker.work(burst=True, logging_level="WARNING")
             elif once:
                 return

@@ -71,7 +71,7 @@ def health(url):
 
 def children(process):
     """The children's processes, by name."""
-    names = {"redis-server": "redis", "ml_backend worker": "worker", "gunicorn": "web"}
+    names = {"redis-server": "redis", "ml_backend worker": "worker", "ml_backend trainer": "trainer", "gunicorn": "web"}
     found = {}
     for child in psutil.Process(process.pid).children():
         try:
@@ -90,7 +90,7 @@ def test_one_command_serves_restarts_what_dies_and_stops_without_orphans(start, 
     process, url, log = start()
     answer = wait_until(lambda: health(url), limit_s=30)
     assert answer["status"] == "UP"
-    first = wait_until(lambda: len(found := children(process)) == 3 and found, limit_s=30)
+    first = wait_until(lambda: len(found := children(process)) == 4 and found, limit_s=30)
 
     again, _, said = start()
     assert again.wait(30) == 1
@@ -99,10 +99,12 @@ def test_one_command_serves_restarts_what_dies_and_stops_without_orphans(start, 
 
     first["redis"].kill()
     first["worker"].kill()
+    first["trainer"].kill()
 
     def replaced():
         found = children(process)
-        return len(found) == 3 and all(found[name].pid != first[name].pid for name in ("redis", "worker")) and found
+        dead = ("redis", "worker", "trainer")
+        return len(found) == 4 and all(found[name].pid != first[name].pid for name in dead) and found
 
     wait_until(replaced, limit_s=60)
     assert health(url)["status"] == "UP"
