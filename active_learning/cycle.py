@@ -32,11 +32,12 @@ from active_learning.gate import (
     write_verdict,
 )
 from active_learning.images import ImageStore
-from active_learning.learn import LearningConfig, learn
+from active_learning.learn import LearningConfig, blended, learn
 from active_learning.registry import SHARED, AdapterRegistry, AdapterVersion
 from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split, read_snapshot, write_snapshot
 from active_learning.status import State, TrainingFolder, TrainingStatus
 from active_learning.train import Progress
+from model.adapter import read_adapter
 from model.annotations import AnnotationSet
 from model.embeddings import EmbeddingFolder
 from model.evaluation.protocol import Models
@@ -163,7 +164,7 @@ def run(
             return _end_with(place.registry, watch, made[-1])
         incumbent = place.configured if parent is None else place.registry.intact(parent)
         found = annotated(snapshot, place.images)
-        candidate = learn(
+        trained = learn(
             config,
             place.segmenter,
             photos_of(of_split(found, TRAIN), stated=True),
@@ -178,8 +179,12 @@ def run(
             report=watch.report,
         )
         watch.note(state="judging", left_s=None)
-        models = Models(base=place.segmenter.with_adapter(incumbent), adapted=place.segmenter.with_adapter(candidate))
-        verdict = _judged(place, models, of_split(found, HOLD_OUT), margins, folder, watch)
+        judge_candidate = _Judge(place, incumbent, of_split(found, HOLD_OUT), margins, folder, watch)
+        for share in config.blends:
+            candidate = blended(incumbent, trained, share, folder / "adapter.safetensors")
+            verdict = judge_candidate(candidate)
+            if verdict.decision != "rejected":
+                break
         return _publish(place.registry, watch, verdict, candidate, parent, folder, config, limits)
     except Cancelled:
         return watch.end("cancelled", "it was cancelled")
@@ -223,6 +228,10 @@ class _Watch:
             )
         self._pause()
 
+    def look_once_more(self, _: int) -> None:
+        """Do as `look` does, between objects that are judged."""
+        self.look()
+
     def report(self, progress: Progress) -> None:
         now_s = time.monotonic()
         if self._first is None:
@@ -253,32 +262,50 @@ def _end_with(registry: AdapterRegistry, watch: _Watch, version: AdapterVersion)
     )
 
 
-def _judged(
-    place: Workplace,
-    models: Models,
-    holdout: AnnotationSet,
-    margins: Margins,
-    folder: Path,
-    watch: _Watch,
-) -> Verdict:
-    """Have the robot click both sets with incumbent and candidate; keep verdict, curves and pictures in `folder`."""
-    embeddings = EmbeddingFolder(place.embeddings)
+class _Judge:
+    """Has the robot click hold-out and reference set with the incumbent, once, and with each candidate."""
 
-    def objects(found: AnnotationSet) -> Iterator[Objects]:
-        for image, masks in objects_of(found, margins.limit):
-            yield scene_of(found.name, image, models, embeddings), masks
+    def __init__(
+        self,
+        place: Workplace,
+        incumbent: Path,
+        holdout: AnnotationSet,
+        margins: Margins,
+        folder: Path,
+        watch: _Watch,
+    ) -> None:
+        self._place, self._margins, self._folder, self._watch = place, margins, folder, watch
+        self._embeddings = EmbeddingFolder(place.embeddings)
+        self._sets = holdout, place.reference
+        self._incumbent = place.segmenter.with_adapter(incumbent)
+        self._known = [self._curves(self._incumbent, found) for found in self._sets]
 
-    def curves(segmenter: Segmenter, found: AnnotationSet) -> list[ObjectCurve]:
-        return curves_of(segmenter, objects(found), budget=margins.budget, report=lambda _: watch.look())
+    def __call__(self, candidate: Path) -> Verdict:
+        """Return the verdict; it, its curves and its pictures are kept in the folder `verdict`."""
+        adapted = self._place.segmenter.with_adapter(candidate)
+        holdout, reference = (
+            paired(candidate=self._curves(adapted, found), incumbent=known)
+            for found, known in zip(self._sets, self._known, strict=True)
+        )
+        verdict = judge(holdout, reference, self._margins, np.random.default_rng(0))
+        write_verdict(
+            self._folder / "verdict",
+            verdict,
+            holdout=holdout,
+            reference=reference,
+            objects=(one for found in self._sets for one in self._objects(found)),
+            models=Models(base=self._incumbent, adapted=adapted),
+        )
+        return verdict
 
-    pairs = [
-        paired(candidate=curves(models.adapted, found), incumbent=curves(models.base, found))
-        for found in (holdout, place.reference)
-    ]
-    verdict = judge(pairs[0], pairs[1], margins, np.random.default_rng(0))
-    shown = (one for found in (holdout, place.reference) for one in objects(found))
-    write_verdict(folder / "verdict", verdict, holdout=pairs[0], reference=pairs[1], objects=shown, models=models)
-    return verdict
+    def _objects(self, found: AnnotationSet) -> Iterator[Objects]:
+        models = Models(base=self._place.segmenter, adapted=self._place.segmenter)
+        for image, masks in objects_of(found, self._margins.limit):
+            yield scene_of(found.name, image, models, self._embeddings), masks
+
+    def _curves(self, segmenter: Segmenter, found: AnnotationSet) -> list[ObjectCurve]:
+        report = self._watch.look_once_more
+        return curves_of(segmenter, self._objects(found), budget=self._margins.budget, report=report)
 
 
 def _publish(
@@ -301,6 +328,7 @@ def _publish(
         candidate,
         card={
             "parent": None if parent is None else parent.id,
+            "blend": read_adapter(candidate).card["blend"],
             "parent_line": None if parent is None else parent.line,
             "snapshot": status.snapshot,
             "masks": status.masks,

@@ -50,10 +50,10 @@ class Margins:
     lose: float = 0.03  # relative NoC@90 that the mean may be worse by, on either set
     doubt: float = 0.15  # relative NoC@90 that the upper end of the interval may be worse by, on either set
     win: float = 0.0  # relative NoC@85 that the hold-out must gain more than
-    first: float = 0.0  # IoU after one click that the hold-out may lose
+    first: float = 0.005  # IoU after one click that the hold-out may lose
     confidence: float = 0.95  # of the intervals, two-sided
     least_objects: int = 10  # of the hold-out
-    limit: int = 30  # objects of each set at most
+    limit: int = 40  # objects of each set at most
     budget: int = 10  # clicks on one object at most
 
     def __post_init__(self) -> None:

@@ -1,11 +1,11 @@
-"""Fine-tuning: an adapter that serves and a snapshot of corrections to a candidate.
+"""Fine-tuning: an adapter that serves and a snapshot of corrections to candidates.
 
 Only the level branch learns; the phrase branch's LoRA is handed on as it is. Lessons are drawn half from the
 corrections and half from the replay set, a slice of what the shipped adapter was trained on, so that nothing is
 forgotten.
 
-The candidate's weights lie between the parent's and the trained ones: half of the way keeps most of what was won, and
-forgets far less (docs/experiments.md).
+A candidate's weights lie between the parent's and the trained ones (`blended`): half of the way keeps most of what was
+won, and forgets far less (docs/experiments.md).
 
 Sources: weights between two trainings, Wortsman et al., Robust fine-tuning of zero-shot models (arXiv 2109.01903);
 experience replay (Rolnick et al., arXiv 1811.11682); `active_learning.train` for the loop itself.
@@ -39,11 +39,11 @@ class LearningConfig:
     """How corrections are learned from; every value is part of a version's card."""
 
     replay: float = 0.5  # share of the lessons
-    steps_per_mask: float = 2.0  # of the snapshot's masks
+    steps_per_mask: float = 4.0  # of the snapshot's masks
     fewest_steps: int = 160
-    most_steps: int = 1200
+    most_steps: int = 600
     clicks: int = 3  # on the photo of a step; fewer where memory runs out
-    blend: float = 0.5  # of what was learned in the candidate; the rest is the parent's
+    blends: tuple[float, ...] = (0.5, 0.25)  # of what was learned in a candidate; the next where one loses too much
     learning_rate: float = 1e-3
     head_learning_rate: float = 5e-4
     seed: int = 0
@@ -87,7 +87,7 @@ def learn(
     before_step: Callable[[], None] = lambda: None,
     report: Callable[[Progress], None] = lambda _: None,
 ) -> Path:
-    """Return the file of a candidate, FOLDER/adapter.safetensors; one that was stopped goes on where it was.
+    """Return the file of what was learned, FOLDER/trained.safetensors; one that was stopped goes on where it was.
 
     Args:
         config: the recipe.
@@ -96,8 +96,8 @@ def learn(
         replay: of the replay set.
         embeddings: of all those photos; what is missing is encoded.
         parent: the adapter to begin from.
-        folder: gets the checkpoint, TensorBoard's files and the candidate.
-        card: what else the candidate's card shall say.
+        folder: gets the checkpoint, TensorBoard's files and the result.
+        card: what else the result's card shall say.
         device: `cpu` or `auto`.
         precision: `bf16`, or `no`: fp32.
         before_step: as `active_learning.train.fine_tune` calls it.
@@ -106,7 +106,7 @@ def learn(
     Raises:
         Refusal: there is nothing to learn from, the parent fits another base, or memory does not suffice for one click.
     """
-    target = folder / "adapter.safetensors"
+    target = folder / "trained.safetensors"
     if target.is_file():
         return target
     if not photos:
@@ -151,8 +151,8 @@ def learn(
             log.warning("memory ran out: training begins anew with %d clicks a step", training.clicks)
             (folder / "checkpoint.pt").unlink(missing_ok=True)
             del network
-    lora = dict(found.lora) | {LEVEL: _between(found.lora[LEVEL], lora_state(network.transformer, LEVEL), config.blend)}
-    plain = found.plain | _between(found.plain, plain_state(network), config.blend)
+    lora = dict(found.lora) | {LEVEL: lora_state(network.transformer, LEVEL)}
+    plain = found.plain | plain_state(network)
     kept = {name: found.card[name] for name in _HANDED_ON if name in found.card}
     write_adapter(target, card=kept | card | {"steps": training.steps, "masks": masks}, plain=plain, lora=lora)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -162,9 +162,27 @@ def learn(
 _HANDED_ON = ("base", "rank", "alpha", "phrase_width", "phrase_encoder", "phrase_threshold", "vocabulary")
 
 
-def _between(parent: dict[str, Tensor], trained: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Return each trained tensor moved back towards the parent's: 0 is the parent, 1 what was trained."""
-    return {name: torch.lerp(parent[name], value, share) for name, value in trained.items()}
+def blended(parent: Path, trained: Path, share: float, target: Path) -> Path:
+    """Write the adapter between two, and return its file.
+
+    Args:
+        parent: of which `trained` was made; 0 is this.
+        trained: as `learn` left it; 1 is this.
+        share: where between them, 0..1.
+        target: the file to write.
+
+    Raises:
+        Refusal: one of them cannot be read.
+    """
+    old, new = read_adapter(parent), read_adapter(trained)
+
+    def between(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.lerp(a[name], value, share) for name, value in b.items()}
+
+    lora = {branch: between(old.lora[branch], matrices) for branch, matrices in new.lora.items()}
+    card = new.card | {"blend": share}
+    write_adapter(target, card=card, plain=between(old.plain, new.plain), lora=lora)
+    return target
 
 
 def _out_of_memory(error: BaseException) -> bool:

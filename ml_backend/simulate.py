@@ -3,7 +3,7 @@
 The backend runs as users run it, in processes of its own with a Redis, on an empty data folder. A robot clicks at each
 mask's own level until the answer is good or the annotator would take the brush, submits what it wanted as a webhook,
 presses Start Training now and then, and waits until the new version serves. Before and after, the robot counts its
-clicks on photos that nobody corrects, and on the bundled reference set.
+clicks on the photos that no training sees, and on the bundled reference set.
 """
 
 from __future__ import annotations
@@ -319,10 +319,10 @@ def simulate(
     """
     clickable = replace(found, images=tuple(_clickable(image) for image in found.images))
     holdout = replace(clickable, images=tuple(i for i in clickable.images if i.masks and held_out(i.digest())))
-    work = [image for image in clickable.images if image.masks and not held_out(image.digest())]
-    if not holdout.images or not work:
+    work = [image for image in clickable.images if image.masks]  # held-out ones too, as people do: for the gate alone
+    if not 0 < len(holdout.images) < len(work):
         raise Refusal(
-            f"{found.name} has {len(work)} photos to annotate and {len(holdout.images)} held out; more are needed"
+            f"{found.name} has {len(work)} photos with masks, {len(holdout.images)} held out; more are needed"
         )
     _, reference = bundled_sets()
     np.random.default_rng(plan.seed).shuffle(work)  # type: ignore[arg-type]

@@ -162,7 +162,7 @@ def test_curves_of_other_objects_or_another_budget_are_not_compared():
         {"first": -0.1},
         {"confidence": 1.0},
         {"budget": 0},
-        {"least_objects": 31},
+        {"least_objects": 41},
         {"lose": float("nan")},
     ],
 )
