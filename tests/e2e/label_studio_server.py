@@ -16,6 +16,8 @@ from typing import Any
 
 import requests
 
+from ml_backend import brush
+from model.types import Mask
 from tests.e2e.photos import Photo
 from tests.e2e.servers import Server, free_port, serve
 
@@ -81,6 +83,25 @@ class LabelStudio:
         body = {"task": project.task, "context": {"result": context}}
         path = f"/api/ml/{project.backend}/interactive-annotating"
         return list(self.api("POST", path, json=body)["data"]["result"])
+
+    def stop_webhooks(self, project: Project) -> None:
+        """Have nothing reported of what happens in the project."""
+        for hook in self.api("GET", f"/api/webhooks/?project={project.id}"):
+            self.api("DELETE", f"/api/webhooks/{hook['id']}/", status=204)
+
+    def annotate(self, project: Project, mask: Mask) -> None:
+        """Submit an annotation with a mask drawn by hand, bool H, W."""
+        height, width = mask.shape
+        region = {
+            **{"original_width": width, "original_height": height, "image_rotation": 0, "origin": "manual"},
+            **{"id": "byhand0001", "from_name": "mask", "to_name": "image", "type": "brushlabels"},
+            "value": {"format": "rle", "rle": brush.encode(mask), "brushlabels": ["Object"]},
+        }
+        self.api("POST", f"/api/tasks/{project.task}/annotations/", json={"result": [region]}, status=201)
+
+    def start_training(self, project: Project) -> None:
+        """Press Start Training."""
+        self.api("POST", f"/api/ml/{project.backend}/train")
 
     def annotation(self, project: Project) -> dict[str, Any]:
         """Return the only annotation of the project's task."""
