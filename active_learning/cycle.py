@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -43,7 +43,7 @@ from model.embeddings import EmbeddingFolder
 from model.evaluation.protocol import Models
 from model.evaluation.runner import scene_of
 from model.light.segmenter import LightSegmenter
-from model.segmenter import Segmenter
+from model.segmenter import Segmenter, digest_of, read_weights
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,8 @@ class Workplace:
     registry: AdapterRegistry
     segmenter: LightSegmenter  # the base, without adapter
     embeddings: Path  # folder of encoded photos
-    configured: Path  # the adapter that serves a line without a version of its own
+    configured: Path | None  # the adapter that serves a line without a version of its own; None: the base alone does
+    bundled: Path  # the adapter to begin from where the base alone serves
     replay: AnnotationSet  # learned from beside the corrections
     reference: AnnotationSet  # judged on beside the hold-out
 
@@ -100,8 +101,8 @@ def due(when: When, *, new: int, last_s: float | None, now_s: float) -> str | No
 
     Args:
         when: the rules.
-        new: corrections that came after the last training was asked for.
-        last_s: when that was, UTC seconds; None: never.
+        new: corrections that came after the last training's snapshot.
+        last_s: when that training was asked for, UTC seconds; None: never.
         now_s: the time.
 
     >>> due(When(after=50), new=50, last_s=None, now_s=0.0)
@@ -112,8 +113,8 @@ def due(when: When, *, new: int, last_s: float | None, now_s: float) -> str | No
         return None
     if when.after and new >= when.after:
         return f"{new} new corrections"
-    if when.every_h and last_s is not None and now_s - last_s >= when.every_h * 3600:
-        return f"{when.every_h:g} hours since the last training, {new} new corrections"
+    if when.every_h and now_s - (last_s or 0.0) >= when.every_h * 3600:
+        return f"{when.every_h:g} hours without a training, {new} new corrections"
     if when.night_h is not None and _night_began_s(when.night_h, now_s) > (last_s or 0.0):
         return f"the night has begun, {new} new corrections"
     return None
@@ -144,25 +145,27 @@ def run(
     Args:
         place: what to work with.
         trainings: of the line; its lock is held.
-        status: the request.
+        status: the request, noted as running.
         config: how to learn.
         margins: how to judge.
         limits: time, device, and what to do where the hold-out is too small.
         pause: called again and again; may wait while somebody clicks.
     """
-    watch = _Watch(trainings, trainings.note(status, state="running", attempts=status.attempts + 1), limits, pause)
     folder = trainings.work(status)
     folder.mkdir(parents=True, exist_ok=True)
+    watch = _Watch(trainings, status, limits, pause, folder)
     try:
-        snapshot = _snapshot(place.store, folder, project_of(status.line))
-        parent = place.registry.active(status.line) or place.registry.active(SHARED)
-        watch.note(snapshot=snapshot.id, masks=len(snapshot.corrections))
+        snapshot = _snapshot(place.store, folder, project_of(status.line), watch)
         if not snapshot.corrections:
             return watch.end("nothing new", "there are no corrections yet")
-        made = [version for version in place.registry.versions(status.line) if version.snapshot == snapshot.id]
+        base = place.segmenter.digest
+        made = [v for v in place.registry.versions(status.line) if (v.snapshot, v.base) == (snapshot.id, base)]
         if made:
             return _end_with(place.registry, watch, made[-1])
-        incumbent = place.configured if parent is None else place.registry.intact(parent)
+        parent = _serving(place.registry, status.line)
+        incumbent = place.configured if parent is None else place.registry.path(parent)
+        begin = incumbent or place.bundled
+        _keep_if_same(folder, {"parent": digest_of(read_weights(begin)), "config": asdict(config), "base": base})
         found = annotated(snapshot, place.images)
         trained = learn(
             config,
@@ -170,7 +173,7 @@ def run(
             photos_of(of_split(found, TRAIN), stated=True),
             photos_of(place.replay),
             EmbeddingFiles(place.embeddings, place.segmenter),
-            incumbent,
+            begin,
             folder,
             card={"snapshot": snapshot.id, "recipe": json.dumps(asdict(config), sort_keys=True)},
             device=limits.device,
@@ -181,7 +184,7 @@ def run(
         watch.note(state="judging", left_s=None)
         judge_candidate = _Judge(place, incumbent, of_split(found, HOLD_OUT), margins, folder, watch)
         for share in config.blends:
-            candidate = blended(incumbent, trained, share, folder / "adapter.safetensors")
+            candidate = blended(begin, trained, share, folder / "adapter.safetensors")
             verdict = judge_candidate(candidate)
             if verdict.decision != "rejected":
                 break
@@ -197,9 +200,15 @@ class _Watch:
     """Keeps the status of a training up to date, and stops it where it shall stop."""
 
     def __init__(
-        self, trainings: TrainingFolder, status: TrainingStatus, limits: Limits, pause: Callable[[], None]
+        self,
+        trainings: TrainingFolder,
+        status: TrainingStatus,
+        limits: Limits,
+        pause: Callable[[], None],
+        folder: Path,
     ) -> None:
         self._trainings = trainings
+        self._folder = folder
         self.status = status
         self._limits = limits
         self._pause = pause
@@ -210,7 +219,9 @@ class _Watch:
         self.status = self._trainings.note(self.status, **changes)
 
     def end(self, state: State, said: str, **changes: object) -> TrainingStatus:
-        return self._trainings.end(self.status, state, said, **changes)
+        ended = self._trainings.end(self.status, state, said, **changes)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return ended
 
     def look(self) -> None:
         """Wait while somebody clicks.
@@ -229,8 +240,10 @@ class _Watch:
         self._pause()
 
     def look_once_more(self, _: int) -> None:
-        """Do as `look` does, between objects that are judged."""
-        self.look()
+        """Do as `look` does between objects that are judged, which is not limited in time."""
+        if self._trainings.cancelled:
+            raise Cancelled
+        self._pause()
 
     def report(self, progress: Progress) -> None:
         now_s = time.monotonic()
@@ -242,24 +255,52 @@ class _Watch:
         self.note(step=progress.step, steps=progress.steps, loss=progress.figures.get("loss"), left_s=left_s)
 
 
-def _snapshot(store: CorrectionStore, folder: Path, project: str | None) -> Snapshot:
+def _snapshot(store: CorrectionStore, folder: Path, project: str | None, watch: _Watch) -> Snapshot:
     """Return the snapshot of this training: taken at its first attempt, and the same at later ones."""
     path = folder / "snapshot.json"
     if not path.is_file():
+        watch.note(snapshot_s=time.time())
         write_snapshot(path, store.snapshot(project))
-    return read_snapshot(path)
+    snapshot = read_snapshot(path)
+    watch.note(snapshot=snapshot.id, masks=len(snapshot.corrections))
+    return snapshot
+
+
+def _serving(registry: AdapterRegistry, line: str) -> AdapterVersion | None:
+    """Return the version that serves a line, whole and of this base; None: the configured adapter does."""
+    for name in (line, SHARED):
+        try:
+            version = registry.active(name)
+            if version is not None:
+                registry.intact(version)
+                return version
+        except Refusal as refusal:
+            log.warning("line %s is passed over, as it is when answering: %s", name, refusal)
+    return None
+
+
+def _keep_if_same(folder: Path, plan: dict[str, Any]) -> None:
+    """Have what an earlier attempt left only where it began from the same; else it would be mixed with another."""
+    path, text = folder / "plan.json", json.dumps(plan, sort_keys=True)
+    if path.is_file() and path.read_text() != text:
+        log.warning("what this training began from has changed: it begins anew")
+        for name in ("checkpoint.pt", "trained.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+    path.write_text(text)
 
 
 def _end_with(registry: AdapterRegistry, watch: _Watch, version: AdapterVersion) -> TrainingStatus:
     """End with the version that the snapshot gave: by this training, killed just after it was published, or before."""
-    if registry.card(version.line, version.id).get("training") == watch.status.id:
-        state: State = "published" if registry.active_id(version.line) == version.id else "rejected"
-        return watch.end("kept" if version.accepted is None else state, version.note, version=version.id)
-    return watch.end(
-        "nothing new",
-        f"version {version.id} was already trained on exactly these {watch.status.masks} corrections",
-        version=version.id,
-    )
+    card = registry.card(version.line, version.id)
+    if card.get("training") != watch.status.id:
+        return watch.end(
+            "nothing new",
+            f"version {version.id} was already trained on exactly these {watch.status.masks} corrections",
+            version=version.id,
+        )
+    if card["serves"] and registry.active_id(version.line) == card["instead_of"]:
+        registry.activate(version.line, version.id, by="training")
+    return _ended(registry, watch, version, serves=card["serves"])
 
 
 class _Judge:
@@ -268,7 +309,7 @@ class _Judge:
     def __init__(
         self,
         place: Workplace,
-        incumbent: Path,
+        incumbent: Path | None,
         holdout: AnnotationSet,
         margins: Margins,
         folder: Path,
@@ -321,7 +362,7 @@ def _publish(
     status = watch.status
     unjudged = verdict.decision == "too-few"
     serves = verdict.accepted or (unjudged and limits.too_few == "publish")
-    said = " ".join(verdict.reasons)
+    instead_of = None if parent is None or parent.line != status.line else parent.id
     scores = {"hold-out": verdict.holdout, "reference": verdict.reference}
     version = registry.publish(
         status.line,
@@ -339,15 +380,24 @@ def _publish(
             "scores": {name: asdict(found.candidate) for name, found in scores.items() if found is not None},
             "training": status.id,
             "reason": status.reason,
-            "note": said,
+            "serves": serves,
+            "instead_of": instead_of,
+            "note": " ".join(verdict.reasons),
         },
         activate=serves,
+        instead_of=instead_of,
         folder_of_pictures=folder / "verdict",
     )
-    shutil.rmtree(folder)
+    return _ended(registry, watch, version, serves=serves)
+
+
+def _ended(registry: AdapterRegistry, watch: _Watch, version: AdapterVersion, *, serves: bool) -> TrainingStatus:
+    """End as the verdict was, and as it was carried out."""
+    wait = f"It waits for you: python -m ml_backend adapters activate {version.line} {version.id}"
+    if serves and registry.active_id(version.line) == version.id:
+        return watch.end("published", version.note, version=version.id)
     if serves:
-        return watch.end("published", said, version=version.id)
-    if unjudged:
-        ask = f"It waits for you: python -m ml_backend adapters activate {status.line} {version.id}"
-        return watch.end("kept", f"{said} {ask}", version=version.id)
-    return watch.end("rejected", said, version=version.id)
+        return watch.end("kept", f"{version.note} Another version was activated meanwhile. {wait}", version=version.id)
+    if version.accepted is None:
+        return watch.end("kept", f"{version.note} {wait}", version=version.id)
+    return watch.end("rejected", version.note, version=version.id)

@@ -262,8 +262,8 @@ def judge(holdout: Pairs | None, reference: Pairs, margins: Margins, rng: np.ran
     """Return whether the candidate may serve.
 
     On either set it loses where its mean NoC@90 is worse by more than `margins.doubt`, or by more than `margins.lose`
-    with the whole interval above 0. On the hold-out it wins where its mean NoC@85 is lower by more than `margins.win` and
-    its mean IoU after one click is not lower by more than `margins.first`. Without enough objects to say so the
+    with the whole interval above 0. On the hold-out it wins where its mean NoC@85 is lower by more than `margins.win`
+    and its mean IoU after one click is not lower by more than `margins.first`. Without enough objects to say so the
     decision is `too-few`, and the caller's to take; a candidate that loses on the reference set is rejected even so.
     The order of the pairs does not matter, and equal generators give equal verdicts.
 

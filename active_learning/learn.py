@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from active_learning.dataset import EmbeddingFiles, Sampler, TrainingPhoto
-from active_learning.train import Progress, TrainingConfig, fine_tune, plain_state, prepare, seeded
+from active_learning.train import BadCheckpoint, Progress, TrainingConfig, fine_tune, plain_state, prepare, seeded
 from model.adapter import load_lora, lora_state, read_adapter, write_adapter
 from model.light.adapter import LEVEL, VOCABULARY
 from model.light.ladder import LadderDecoder
@@ -116,6 +116,9 @@ def learn(
     training = config.training(
         masks, rank=found.card["rank"], alpha=found.card["alpha"], device=device, precision=precision
     )
+    fewer = folder / "clicks"  # of a step, where memory ran out at an earlier attempt
+    if fewer.is_file():
+        training = replace(training, clicks=int(fewer.read_text()))
     while True:
         with seeded(config.seed):
             network = LadderDecoder(segmenter.mask_decoder, int(found.card["phrase_width"]))
@@ -139,6 +142,9 @@ def learn(
                 report=report,
             )
             break
+        except BadCheckpoint as refusal:
+            log.warning("training begins anew: %s", refusal)
+            (folder / "checkpoint.pt").unlink()
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
@@ -150,6 +156,7 @@ def learn(
             training = replace(training, clicks=max(1, training.clicks // 2))
             log.warning("memory ran out: training begins anew with %d clicks a step", training.clicks)
             (folder / "checkpoint.pt").unlink(missing_ok=True)
+            fewer.write_text(str(training.clicks))
             del network
     lora = dict(found.lora) | {LEVEL: lora_state(network.transformer, LEVEL)}
     plain = found.plain | plain_state(network)

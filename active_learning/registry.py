@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 from model.adapter import read_adapter
@@ -187,6 +188,7 @@ class AdapterRegistry:
         *,
         card: dict[str, Any],
         activate: bool,
+        instead_of: str | EllipsisType | None = ...,
         folder_of_pictures: Path | None = None,
         by: str = "training",
     ) -> AdapterVersion:
@@ -198,6 +200,7 @@ class AdapterRegistry:
             card: JSON-able: the fields of `AdapterVersion` that are known (parent, snapshot, recipe, seed, accepted,
                 scores, note, created_s) and whatever else is worth keeping.
             activate: whether it serves from now on.
+            instead_of: only where this version of the line serves now (None: none of it does); unset: in any case.
             folder_of_pictures: files to keep beside the card: png, jpg, svg, json; no folders.
             by: who, for the history.
 
@@ -218,7 +221,7 @@ class AdapterRegistry:
                 version = known
             else:
                 self._keep(draft, version, card, folder_of_pictures)
-            if activate:
+            if activate and (instead_of is ... or self.active_id(line) == instead_of):
                 self._set_active(line, version.id, by=by)
         return version
 

@@ -31,8 +31,10 @@ class TrainingStatus:
     asked_s: float  # UTC seconds
     state: State = "queued"
     attempts: int = 0  # processes that began it
+    errors: int = 0  # of them that ended with an error of our own
     heard_s: float = 0.0  # when it last showed life
     snapshot: str | None = None
+    snapshot_s: float | None = None  # when it was taken
     masks: int = 0
     step: int = 0
     steps: int = 0
@@ -58,16 +60,22 @@ class TrainingFolder:
             id=f"train-{self.line}-{int(now_s * 1000)}", line=self.line, reason=reason, asked_s=now_s, heard_s=now_s
         )
         draft = self.folder / f".request.{os.getpid()}.{time.monotonic_ns()}"
-        draft.write_text(json.dumps(asdict(made)))
         try:
-            os.link(draft, self._request)  # fails where there is one already
-        except FileExistsError:
-            pending = self.pending()
-            return made if pending is None else pending
+            _write(draft, made)
+            while True:
+                try:
+                    os.link(draft, self._request)  # fails where there is one already
+                    break
+                except FileExistsError:
+                    pending = self.pending()
+                    if pending is not None:
+                        return pending
+                    if _read(self._request) is None:  # ended just now, or unreadable after a crash of the machine
+                        self._request.unlink(missing_ok=True)
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
         (self.folder / "cancel").unlink(missing_ok=True)
-        self._write(self.folder / "status.json", made)
+        self._replace(self.folder / "status.json", made)
         return made
 
     @property
@@ -97,17 +105,14 @@ class TrainingFolder:
     def note(self, status: TrainingStatus, **changes: Any) -> TrainingStatus:
         """Return `status` changed, written down with the time."""
         changed = replace(status, heard_s=time.time(), **changes)
-        self._write(self.folder / "status.json", changed)
+        self._replace(self.folder / "status.json", changed)
         return changed
 
     def end(self, status: TrainingStatus, state: State, said: str, **changes: Any) -> TrainingStatus:
         """Write down how a training ended, and let the next one be asked for."""
         ended = self.note(status, state=state, said=said, left_s=None, **changes)
         if not any(old.id == ended.id for old in self.history()):  # killed just here and done again
-            with (self.folder / "history.jsonl").open("a") as file:
-                file.write(json.dumps(asdict(ended)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            self._append(ended)
         self._request.unlink(missing_ok=True)
         (self.folder / "cancel").unlink(missing_ok=True)
         return ended
@@ -140,10 +145,31 @@ class TrainingFolder:
         """Return the folder of a training's own files."""
         return self.folder / status.id
 
-    def _write(self, path: Path, status: TrainingStatus) -> None:
+    @property
+    def locked(self) -> bool:
+        """Whether a process works on this line now."""
+        with self.alone() as ours:
+            return not ours
+
+    def _append(self, ended: TrainingStatus) -> None:
+        path = self.folder / "history.jsonl"
+        torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        with path.open("a") as file:
+            file.write(("\n" if torn else "") + json.dumps(asdict(ended)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _replace(self, path: Path, status: TrainingStatus) -> None:
         draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(json.dumps(asdict(status)))
+        _write(draft, status)
         draft.replace(path)
+
+
+def _write(path: Path, status: TrainingStatus) -> None:
+    with path.open("w") as file:
+        file.write(json.dumps(asdict(status)))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def lines_in(folder: Path) -> list[str]:

@@ -59,6 +59,10 @@ Indices = npt.NDArray[np.int64]
 _LOGIT_PIXELS = SIDE // (GRID * LOGITS_PER_CELL)  # of the square, along one side of a logit
 
 
+class BadCheckpoint(Refusal):
+    """A checkpoint is damaged, or of another training."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingConfig:
     """How one branch is trained; every value is part of the recipe."""
@@ -162,7 +166,7 @@ def fine_tune(
         each_checkpoint: called after each checkpoint with its step, while `network` holds the averaged weights.
 
     Raises:
-        Refusal: the checkpoint is damaged, or belongs to another recipe.
+        BadCheckpoint: the checkpoint is damaged, or belongs to another recipe.
     """
     accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
     run = _Run(config, network, accelerator, recipe)
@@ -271,11 +275,13 @@ class _Run:
             recipe = content["recipe"]
         except Exception as error:  # whatever torch's parser stumbles over
             said = str(error).partition("\n")[0]
-            raise Refusal(f"checkpoint {path} cannot be read ({said}); delete it to begin anew") from error
+            raise BadCheckpoint(f"checkpoint {path} cannot be read ({said}); delete it to begin anew") from error
         if recipe != self.recipe:
-            raise Refusal(f"{path} belongs to another recipe; name another output folder, or delete it")
+            raise BadCheckpoint(f"{path} belongs to another recipe; name another output folder, or delete it")
         if len(content["rng"]) != self.accelerator.num_processes:
-            raise Refusal(f"{path} was written by {len(content['rng'])} processes; go on with as many, or delete it")
+            raise BadCheckpoint(
+                f"{path} was written by {len(content['rng'])} processes; go on with as many, or delete it"
+            )
         with torch.no_grad():
             for name, parameter in self.named.items():
                 parameter.copy_(content["weights"][name])

@@ -1,4 +1,4 @@
-"""The commands: python -m ml_backend run | worker | prepare | label-config | doctor."""
+"""The commands: python -m ml_backend run | worker | trainer | train | adapters | corrections | ... (see README)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def corrections(context: typer.Context) -> None:
 
 @app.command()
 def run() -> None:
-    """Start everything this machine needs: Redis, the encode worker and the web server."""
+    """Start everything this machine needs: Redis, workers and the web server."""
     from ml_backend.supervisor import run as supervise
 
     settings = read_settings()

@@ -79,8 +79,13 @@ class Inbox:
         with self._lock:
             self._db.close()
 
-    def add(self, body: bytes, action: str) -> str:
+    def add(self, body: bytes, action: str, *, again: bool = False) -> str:
         """Keep an event, and return its key once it is on the disk; one that came before is left as it is.
+
+        Args:
+            body: of the event.
+            action: it reports.
+            again: have it acted on once more although it is done: what it brought is no longer there.
 
         Raises:
             sqlite3.Error: it could not be written.
@@ -96,6 +101,12 @@ class Inbox:
                     "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, 'undone', 0, ?, NULL)",
                     (key, action, packed if smaller else body, smaller, now_s, now_s),
                 )
+                if again:
+                    self._db.execute(
+                        "UPDATE events SET state = 'undone', attempts = 0, body = ?, packed = ?"
+                        " WHERE key = ? AND state = 'done'",
+                        (packed if smaller else body, smaller, key),
+                    )
             finally:
                 self._db.execute("PRAGMA synchronous=NORMAL")
         return key

@@ -185,7 +185,7 @@ def _project(
 def _add(intake: Intake, annotation: Json, task: Json, project: _Project) -> bool:
     """Put an annotation into the inbox; return whether it is to be acted on."""
     body = annotation_event(annotation, task, {"id": project.id, "label_config": project.label_config})
-    key = intake.inbox.add(body, "ANNOTATION_UPDATED")
+    key = intake.inbox.add(body, "ANNOTATION_UPDATED", again=True)  # the ledger lacks it, whatever was done before
     return intake.inbox.state(key) == "undone"
 
 

@@ -58,6 +58,11 @@ def lines_of(settings: Settings, project: str | int | None) -> tuple[str, ...]:
     return line_of(int(match[1])), SHARED
 
 
+def names_project(project: str | int) -> bool:
+    """Whether this is a project's id, as Label Studio sends it."""
+    return _PROJECT.fullmatch(str(project)) is not None
+
+
 def version_name(family: str, base: str, line: str, version: str) -> str:
     """Return what Label Studio shows of a registry's version on a base of this digest.
 

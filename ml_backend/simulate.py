@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import requests
@@ -45,7 +45,6 @@ from model.types import Click, Granularity, Mask, Refusal
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
-Order = Literal["random", "active"]
 PROJECT = 1
 _LEVELS = tuple(level / 10 for level in range(1, 11))
 _CLASS = "Object"
@@ -62,7 +61,6 @@ class Plan:
     budget: int = 20  # clicks on one object at most, when we measure
     patience: int = 5  # clicks until the annotator takes the brush, when it annotates
     limit: int = 40  # objects measured of hold-out and reference
-    order: Order = "random"
     seed: int = 0
 
 
@@ -303,7 +301,6 @@ def simulate(
     plan: Plan,
     data_dir: Path,
     *,
-    order: Callable[[Sequence[AnnotatedImage]], Sequence[AnnotatedImage]] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Round]:
     """Return what was measured before any correction and after each round.
@@ -312,7 +309,6 @@ def simulate(
         found: annotated photos of the new domain, all splits; which are held out, their digests decide.
         plan: what to do.
         data_dir: an empty folder for the backend.
-        order: puts the photos that are to be annotated in order; None: at random.
         say: told what happens.
 
     Raises:
@@ -327,8 +323,6 @@ def simulate(
         )
     _, reference = bundled_sets()
     np.random.default_rng(plan.seed).shuffle(work)  # type: ignore[arg-type]
-    if order is not None:
-        work = list(order(work))
     with _photos([*clickable.images, *reference.images]) as photos, _running(data_dir, photos) as backend:
         worker = Worker(backend=backend, config=make_config([_CLASS], levels=_LEVELS))
 

@@ -111,7 +111,9 @@ def _children(settings: Settings, data_dir: Path) -> list[_Child]:
     if settings.redis_url is None:
         server = redis_server()
         if server is None:
-            log.warning("no Redis server is installed: images are encoded ahead by the web process alone")
+            log.warning(
+                "no Redis server is installed: images are encoded ahead by the web process alone; nothing is learned"
+            )
         else:
             socket, folder = redis_socket(data_dir), data_dir / "redis"
             folder.mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from active_learning.status import ENDED, TrainingStatus, lines_in
+from active_learning.status import TrainingStatus, lines_in
 from ml_backend.settings import Settings
 from ml_backend.trainings import folder_of, line_of, request
 
@@ -20,30 +20,41 @@ app = typer.Typer(no_args_is_help=True, help="Ask for a training, look at traini
 Project = Annotated[int | None, typer.Option(help="The project; none: the shared line.")]
 
 
+@app.callback()
+def _settings(context: typer.Context) -> None:
+    from ml_backend.__main__ import read_settings  # which imports this
+
+    context.obj = read_settings()
+
+
 @app.command()
 def start(
-    project: Project = None, wait: Annotated[bool, typer.Option(help="wait until it has come to an end")] = False
+    context: typer.Context,
+    project: Project = None,
+    wait: Annotated[bool, typer.Option(help="wait until it has come to an end")] = False,
 ) -> None:
     """Ask for a training on all corrections of a project; one that is pending already is as good."""
-    settings = Settings()
+    settings: Settings = context.obj
     status = request(settings, _line(settings, project), "asked for by command")
     print(f"{status.id}: {status.state}")
     if not wait:
         return
     while True:
-        now = folder_of(settings, status.line).status()
-        if now is not None and now.id == status.id and now.state in ENDED:
-            print(f"{now.state}: {now.said}")
-            raise typer.Exit(1 if now.state == "failed" else 0)
+        ended = [one for one in folder_of(settings, status.line).history() if one.id == status.id]
+        if ended:
+            print(f"{ended[0].state}: {ended[0].said}")
+            raise typer.Exit(1 if ended[0].state == "failed" else 0)
         time.sleep(1)
 
 
 @app.command("status")
 def show(
-    project: Project = None, last: Annotated[int, typer.Option(min=1, help="trainings of each line to show")] = 10
+    context: typer.Context,
+    project: Project = None,
+    last: Annotated[int, typer.Option(min=1, help="trainings of each line to show")] = 10,
 ) -> None:
     """Show trainings that run, wait or ended, by line."""
-    settings = Settings()
+    settings: Settings = context.obj
     folder = settings.data_dir / "trainings"
     lines = lines_in(folder) if project is None else [_line(settings, project)]
     table = Table("training", "asked, UTC", "why", "state", "masks", "steps", "loss", "left", "version", "said")
@@ -59,9 +70,9 @@ def show(
 
 
 @app.command()
-def cancel(project: Project = None) -> None:
+def cancel(context: typer.Context, project: Project = None) -> None:
     """Stop the training that is pending; nothing of it is served."""
-    settings = Settings()
+    settings: Settings = context.obj
     line = _line(settings, project)
     status = folder_of(settings, line).cancel()
     if status is None:

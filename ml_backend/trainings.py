@@ -7,9 +7,11 @@ up. So nothing is lost with Redis or with a process, and what was killed is queu
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import resource
+import signal
 import time
 from contextlib import closing
 from pathlib import Path
@@ -18,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import redis
 from rq import Queue, Worker
-from rq.exceptions import DuplicateJobError, NoSuchJobError
-from rq.job import Job, JobStatus
+from rq.exceptions import DuplicateJobError, StopRequested
+from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
 from active_learning.corrections import CorrectionStore
@@ -34,13 +36,14 @@ log = logging.getLogger(__name__)
 
 TRAINING = "training"
 _SPARE_S = 1800  # of a job beyond its training's own limit: encoding and judging
+_PR_SET_PDEATHSIG = 1
 _TICK_S = 2.0
 _DUE_S = 30.0  # between looks at the rules
-_DEAD_S = 60.0  # without a sign of life
-_MOST_ATTEMPTS = 40
+_BEGINS_S = 60.0  # from a job's start until it has locked its line
+_MOST_ATTEMPTS = 40  # processes that were killed
+_MOST_ERRORS = 3
 _QUIET_S = 0.4  # without a click before training goes on
 _LONGEST_PAUSE_S = 3.0  # of one step
-_TO_END: tuple[JobStatus, ...] = (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED, JobStatus.CANCELED)
 
 
 def line_of(settings: Settings, project: str | int) -> str:
@@ -63,62 +66,52 @@ def request(settings: Settings, line: str, reason: str) -> TrainingStatus:
     return folder_of(settings, line).ask(reason)
 
 
-def enqueue(settings: Settings, connection: redis.Redis, status: TrainingStatus) -> None:
-    """Queue the next attempt of a training, once.
+def requeue(settings: Settings, connection: redis.Redis) -> list[TrainingStatus]:
+    """Queue what is asked for and nobody works on; return it.
 
     Raises:
         redis.RedisError: Redis cannot be reached.
     """
+    queued = []
     queue = Queue(TRAINING, connection=connection, serializer=JSONSerializer)
+    for line in lines_in(settings.data_dir / "trainings"):
+        trainings = folder_of(settings, line)
+        status = trainings.pending()
+        if status is None or trainings.locked:  # it runs, perhaps as the child of a worker that died
+            continue
+        if status.attempts >= _MOST_ATTEMPTS:
+            trainings.end(status, "failed", f"its process died {status.attempts} times; see the trainer's log")
+            continue
+        job_id = f"{status.id}-{status.attempts + 1}"
+        if job_id in queue.get_job_ids() or _is_beginning(queue, job_id):
+            continue
+        if (old := queue.fetch_job(job_id)) is not None:  # of a worker that was killed, or it failed before it began
+            old.delete()
+        _enqueue(settings, queue, status.line, job_id)
+        queued.append(status)
+    return queued
+
+
+def _is_beginning(queue: Queue, job_id: str) -> bool:
+    """Whether a worker has taken a job just now, and may be about to lock its line."""
+    job = queue.fetch_job(job_id)
+    if job is None or job.get_status(refresh=False) is not JobStatus.STARTED or job.started_at is None:
+        return False
+    return time.time() - job.started_at.timestamp() < _BEGINS_S
+
+
+def _enqueue(settings: Settings, queue: Queue, line: str, job_id: str) -> None:
     with contextlib.suppress(DuplicateJobError):
         queue.enqueue_call(
             train,
-            args=[status.line],
-            job_id=f"{status.id}-{status.attempts + 1}",
+            args=[line],
+            job_id=job_id,
             unique=True,
             timeout=int(settings.train_limit_minutes * 60) + _SPARE_S,
             result_ttl=0,
             failure_ttl=600,
-            description=status.id,
+            description=job_id,
         )
-
-
-def requeue(settings: Settings, connection: redis.Redis) -> list[TrainingStatus]:
-    """Queue again what is asked for and nobody works on; return it.
-
-    Raises:
-        redis.RedisError: Redis cannot be reached.
-    """
-    again = []
-    for line in lines_in(settings.data_dir / "trainings"):
-        trainings = folder_of(settings, line)
-        status = trainings.pending()
-        if status is None or _alive(connection, status):
-            continue
-        with trainings.alone() as ours:
-            if not ours:  # it runs, as the child of a worker that died
-                continue
-        if status.attempts >= _MOST_ATTEMPTS:
-            trainings.end(status, "failed", f"its process died {status.attempts} times; see the worker's log")
-            continue
-        enqueue(settings, connection, status)
-        again.append(status)
-    return again
-
-
-def _alive(connection: redis.Redis, status: TrainingStatus) -> bool:
-    """Whether a job of this training waits or works."""
-    try:
-        job = Job.fetch(f"{status.id}-{status.attempts + 1}", connection=connection, serializer=JSONSerializer)
-    except NoSuchJobError:
-        try:
-            job = Job.fetch(f"{status.id}-{status.attempts}", connection=connection, serializer=JSONSerializer)
-        except NoSuchJobError:
-            return False
-    state = job.get_status()
-    if state is JobStatus.STARTED:  # of a worker that was killed, it would stay so for minutes
-        return time.time() - status.heard_s < _DEAD_S
-    return state not in _TO_END
 
 
 def ask_when_due(settings: Settings, store: CorrectionStore, *, now_s: float) -> list[TrainingStatus]:
@@ -135,7 +128,8 @@ def ask_when_due(settings: Settings, store: CorrectionStore, *, now_s: float) ->
     for line in {line_of(settings, project) for project in store.projects()}:
         last = folder_of(settings, line).status()
         last_s = None if last is None else last.asked_s
-        reason = due(when, new=store.new_since(project_of(line), last_s or 0.0), last_s=last_s, now_s=now_s)
+        seen_s = 0.0 if last is None else last.snapshot_s or last.asked_s
+        reason = due(when, new=store.new_since(project_of(line), seen_s), last_s=last_s, now_s=now_s)
         if reason is not None and folder_of(settings, line).pending() is None:
             asked.append(request(settings, line, reason))
     return asked
@@ -143,6 +137,27 @@ def ask_when_due(settings: Settings, store: CorrectionStore, *, now_s: float) ->
 
 def train(line: str) -> None:
     """Carry out what is asked for in a line; the job's function."""
+    _die_with_parent()
+    settings = Settings()
+    trainings = folder_of(settings, line)
+    with trainings.alone() as ours:
+        status = trainings.pending()
+        if not ours or status is None:
+            return
+        status = trainings.note(status, state="running", attempts=status.attempts + 1)
+        try:
+            ended = _carry_out(settings, trainings, status)
+        except Exception as error:
+            now = trainings.pending() or status
+            said = f"{type(error).__name__}: {error}"
+            now = trainings.note(now, errors=now.errors + 1, said=said)
+            if now.errors >= _MOST_ERRORS:
+                trainings.end(now, "failed", f"{said} ({now.errors} times; the trainer's log has the details)")
+            raise
+    log.info("training %s: %s (%s)", ended.id, ended.state, ended.said)
+
+
+def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingStatus) -> TrainingStatus:
     from active_learning.bundle import bundled_sets
     from active_learning.cycle import Limits, Workplace, run
     from active_learning.gate import Margins
@@ -152,54 +167,56 @@ def train(line: str) -> None:
     from model.light.segmenter import LightSegmenter
     from model.segmenter import load_segmenter
 
-    settings = Settings()
-    trainings = folder_of(settings, line)
-    with trainings.alone() as ours:
-        status = trainings.pending()
-        if not ours or status is None:
-            return
-        _take_in(settings, status)
-        if settings.train_memory_mb:
-            limit = settings.train_memory_mb * 2**20
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
-        segmenter = load_segmenter(
-            FAMILY,
-            WEIGHTS,
-            device=settings.train_device,
-            encoder=settings.encoder,
-            threads=settings.train_threads or max(1, (os.cpu_count() or 2) // 2),
-            compiled=settings.cache_dir,
+    _take_in(settings, status)
+    if settings.train_memory_mb:
+        _limit_memory(settings.train_memory_mb * 2**20)
+    segmenter = load_segmenter(
+        FAMILY,
+        WEIGHTS,
+        device=settings.train_device,
+        encoder=settings.encoder,
+        threads=settings.train_threads or max(1, (os.cpu_count() or 2) // 2),
+        compiled=settings.cache_dir,
+    )
+    assert isinstance(segmenter, LightSegmenter)
+    data = settings.data_dir
+    replay, reference = bundled_sets()
+    with closing(CorrectionStore(data / "corrections.sqlite")) as store:
+        return run(
+            Workplace(
+                store=store,
+                images=ImageStore(data / "images"),
+                registry=AdapterRegistry(data / "adapters", base=segmenter.digest),
+                segmenter=segmenter,
+                embeddings=data / "embeddings",
+                configured=adapter_file(settings),
+                bundled=ADAPTER,
+                replay=replay,
+                reference=reference,
+            ),
+            trainings,
+            status,
+            config=_config(settings),
+            margins=Margins(),
+            limits=Limits(
+                time_s=settings.train_limit_minutes * 60,
+                device=settings.train_device,
+                too_few=settings.train_too_few,
+            ),
+            pause=Patience(data / CLICKED).wait,
         )
-        assert isinstance(segmenter, LightSegmenter)
-        data = settings.data_dir
-        replay, reference = bundled_sets()
-        store = CorrectionStore(data / "corrections.sqlite")
-        try:
-            ended = run(
-                Workplace(
-                    store=store,
-                    images=ImageStore(data / "images"),
-                    registry=AdapterRegistry(data / "adapters", base=segmenter.digest),
-                    segmenter=segmenter,
-                    embeddings=data / "embeddings",
-                    configured=adapter_file(settings) or ADAPTER,
-                    replay=replay,
-                    reference=reference,
-                ),
-                trainings,
-                status,
-                config=_config(settings),
-                margins=Margins(),
-                limits=Limits(
-                    time_s=settings.train_limit_minutes * 60,
-                    device=settings.train_device,
-                    too_few=settings.train_too_few,
-                ),
-                pause=Patience(data / CLICKED).wait,
-            )
-        finally:
-            store.close()
-    log.info("training %s: %s (%s)", ended.id, ended.state, ended.said)
+
+
+def _die_with_parent() -> None:
+    """Have the system end this process when its worker is killed, so that no orphan holds the data folder."""
+    with contextlib.suppress(OSError, AttributeError):  # other systems than Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _limit_memory(wanted: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _take_in(settings: Settings, status: TrainingStatus) -> None:
@@ -250,8 +267,11 @@ class Patience:
 
 
 class _Worker(Worker):
+    stopped = False
+
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Stop at once, also in mid-training: it goes on where it was when it is begun again."""
+        self.stopped = True
         if self.horse_pid:
             self.kill_horse()
         super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
@@ -278,10 +298,14 @@ def work(settings: Settings, *, once: bool = False) -> None:
             if queue.count:
                 worker = _Worker([queue], connection=connection, serializer=JSONSerializer)
                 worker.work(burst=True, logging_level="WARNING")
+                if worker.stopped:
+                    return
             elif once:
                 return
+            time.sleep(_TICK_S)
+        except StopRequested:  # the signal came between two trainings, where rq's handler still stands
+            return
         except redis.RedisError as error:
             raise SystemExit(
                 f"Redis does not answer ({error}); the trainer ends, and is started again by 'run'"
             ) from None
-        time.sleep(_TICK_S)

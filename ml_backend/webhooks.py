@@ -17,7 +17,7 @@ from ml_backend.jobs import encode_later
 from ml_backend.label_config import read_config
 from ml_backend.label_studio import read_batch
 from ml_backend.service import Service
-from ml_backend.serving import lines_of
+from ml_backend.serving import lines_of, names_project
 from ml_backend.trainings import request
 from model.types import Refusal
 
@@ -73,9 +73,9 @@ def start_training(service: Service, project: object) -> dict[str, Any]:
         Refusal: it does not say which project.
     """
     number = project.get("id") if isinstance(project, dict) else project
-    line = lines_of(service.settings, number if isinstance(number, str | int) else None)[0]
-    if number is None:
-        raise Refusal("the request does not say which project to train for")
+    if isinstance(number, bool) or not isinstance(number, str | int) or not names_project(number):
+        raise Refusal(f"the request does not say which project to train for: {str(number)[:40]!r} is no project's id")
+    line = lines_of(service.settings, number)[0]
     status = request(service.settings, line, "Start Training in Label Studio")
     log.info("training %s of %s was asked for", status.id, line)
     return {"status": "ok", "job": status.id}

@@ -21,7 +21,7 @@ from active_learning.gate import Margins
 from active_learning.images import ImageStore
 from active_learning.learn import LearningConfig
 from active_learning.registry import AdapterRegistry
-from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split
+from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split, write_snapshot
 from active_learning.status import TrainingFolder
 from model.adapter import read_adapter
 from model.annotations import encode, read_annotations
@@ -31,6 +31,8 @@ from tests.active_learning.drawn import HEIGHT, WIDTH, strip, strip_masks
 NIGHT = When(after=0, night_h=(22, 6))
 DAY_S = 86400.0
 QUICK = LearningConfig(fewest_steps=4, most_steps=4, clicks=1, checkpoint_every=1)
+SERVED = Limits(precision="no", too_few="publish")
+SURE = Margins(lose=50.0, doubt=50.0, least_objects=30, limit=30, budget=2)  # too few to judge by
 EASY = Margins(lose=5.0, doubt=50.0, least_objects=1, limit=2, budget=2)
 
 
@@ -80,6 +82,7 @@ def place(tmp_path, segmenter, data, embeddings) -> Workplace:
         segmenter=segmenter,
         embeddings=embeddings,
         configured=BUNDLED_ADAPTER,
+        bundled=BUNDLED_ADAPTER,
         replay=found,
         reference=found,
     )
@@ -100,6 +103,7 @@ def test_a_training_is_due_by_number_by_hours_and_once_a_night():
     assert due(When(after=2), new=2, last_s=None, now_s=0) == "2 new corrections"
     assert due(When(after=2), new=1, last_s=None, now_s=0) is None
     hours = When(after=0, every_h=2)
+    assert due(hours, new=1, last_s=None, now_s=DAY_S) is not None
     assert due(hours, new=1, last_s=0.0, now_s=7200) is not None
     assert due(hours, new=1, last_s=0.0, now_s=7199) is None
     assert due(hours, new=0, last_s=0.0, now_s=9000) is None
@@ -210,7 +214,7 @@ from active_learning.corrections import CorrectionStore
 from active_learning.cycle import Limits, Workplace, run
 from active_learning.images import ImageStore
 from active_learning.registry import AdapterRegistry
-from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split
+from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split, write_snapshot
 from active_learning.status import TrainingFolder
 from model.annotations import read_annotations
 from model.segmenter import BUNDLED, BUNDLED_ADAPTER, load_segmenter
@@ -220,7 +224,7 @@ segmenter = load_segmenter("light", BUNDLED, encoder="exact", device="cpu")
 found = read_annotations(data / "strip")
 place = Workplace(store=CorrectionStore(folder / "corrections.sqlite"), images=ImageStore(folder / "images"),
     registry=AdapterRegistry(folder / "adapters", base=segmenter.digest), segmenter=segmenter, embeddings=embeddings,
-    configured=BUNDLED_ADAPTER, replay=found, reference=found)
+    configured=BUNDLED_ADAPTER, bundled=BUNDLED_ADAPTER, replay=found, reference=found)
 trainings = TrainingFolder(folder / "trainings", "project-3")
 with trainings.alone() as ours:
     print("ready", flush=True)
@@ -268,3 +272,57 @@ def test_held_out_photos_are_never_learned_from(place, trainings):
     found = annotated(place.store.snapshot("3"), place.images)
     assert {image.digest() for image in of_split(found, HOLD_OUT).images} == set(held)
     assert not {image.digest() for image in of_split(found, TRAIN).images} & set(held)
+
+
+def test_a_training_killed_between_publishing_and_activating_is_finished_by_the_next_attempt(place, trainings):
+    fill(place.store, place.images, photos=6)
+    status = trainings.ask("a test")
+    published = run(place, trainings, status, config=QUICK, margins=SURE, limits=SERVED)
+    assert published.state == "published"
+    # as it was just before: the version is there and nothing serves, the request is pending and its snapshot is kept
+    place.registry.activate("project-3", None)
+    again = trainings.ask("a test", now_s=status.asked_s)
+    folder = trainings.work(again)
+    folder.mkdir()
+    write_snapshot(folder / "snapshot.json", place.store.snapshot("3"))
+    ended = run(place, trainings, again, config=QUICK, margins=SURE, limits=SERVED)
+    assert (ended.state, ended.version) == ("published", published.version)
+    assert place.registry.active_id("project-3") == published.version
+
+
+def test_a_version_that_an_admin_activated_during_a_training_is_not_replaced(place, trainings):
+    fill(place.store, place.images, photos=6)
+    card = {"snapshot": "another", "note": "by hand"}
+    by_hand = place.registry.publish("project-3", BUNDLED_ADAPTER, card=card, activate=False)
+    once = iter([True])
+
+    def pause() -> None:
+        if next(once, False):
+            place.registry.activate("project-3", by_hand.id)
+
+    ended = carry_out(place, trainings, margins=SURE, limits=SERVED, pause=pause)
+    assert ended.state == "kept"
+    assert "meanwhile" in ended.said
+    assert place.registry.active_id("project-3") == by_hand.id
+
+
+def test_what_an_attempt_left_is_not_mixed_with_another_parent(place, trainings, caplog):
+    fill(place.store, place.images, photos=6)
+    status = trainings.ask("a test")
+    folder = trainings.work(status)
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text("{}")
+    (folder / "trained.safetensors").write_bytes(b"of another parent")
+    ended = run(place, trainings, status, config=QUICK, margins=SURE, limits=SERVED)
+    assert ended.state == "published"
+    assert "it begins anew" in caplog.text
+    assert not folder.exists()
+
+
+def test_where_the_base_alone_serves_a_candidate_is_compared_with_that(place, trainings):
+    fill(place.store, place.images, photos=6)
+    ended = carry_out(replace(place, configured=None), trainings, margins=SURE, limits=SERVED)
+    assert ended.state == "published"
+    version = place.registry.active("project-3")
+    assert version is not None
+    assert version.parent is None

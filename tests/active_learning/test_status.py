@@ -83,7 +83,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once(trainings):
 def test_half_a_line_in_the_history_hides_no_other(trainings):
     trainings.end(trainings.ask("a", now_s=1.0), "rejected", "worse")
     path = trainings.folder / "history.jsonl"
-    path.write_text(path.read_text() + '{"id": "tra\n')
+    path.write_text(path.read_text() + '{"id": "tra')
     trainings.end(trainings.ask("b", now_s=2.0), "published", "better")
     assert [status.state for status in trainings.history()] == ["rejected", "published"]
 
@@ -99,3 +99,11 @@ def test_lines_are_those_with_a_folder(tmp_path, trainings):
     assert lines_in(tmp_path / "none") == []
     trainings.ask("the button")
     assert lines_in(tmp_path) == ["project-3"]
+
+
+def test_a_request_that_a_crash_left_empty_blocks_nothing(trainings):
+    trainings.ask("the button")
+    (trainings.folder / "request.json").write_text("")
+    assert trainings.pending() is None
+    status = trainings.ask("the button again")
+    assert trainings.pending() == status

@@ -1,22 +1,24 @@
 """Trainings through a real Redis and a real worker: asked for, carried out, killed, gone on with."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from rq import Queue
+from rq.job import JobStatus
+from rq.serializers import JSONSerializer
 
 from active_learning.corrections import CorrectionStore
 from active_learning.images import ImageStore
 from active_learning.registry import AdapterRegistry
 from ml_backend.jobs import connect
 from ml_backend.settings import Settings
-from ml_backend.trainings import Patience, enqueue, folder_of, line_of, request, requeue
+from ml_backend.trainings import TRAINING, Patience, folder_of, line_of, request, requeue, train
 from tests.active_learning.test_cycle import fill
 from tests.conftest import ROOT
 from tests.ml_backend.conftest import wait_until
@@ -62,17 +64,48 @@ def test_asking_again_while_a_training_waits_queues_one_job(settings, connection
     assert connection.llen("rq:queue:training") == 1
 
 
-def test_a_job_left_by_a_killed_worker_is_queued_again_when_nothing_was_heard_of_it(settings, connection):
+def test_a_job_that_a_killed_worker_left_is_queued_again_once_it_should_have_begun(settings, connection):
     status = request(settings, "project-3", "the button")
     requeue(settings, connection)
-    connection.delete("rq:queue:training")  # a worker took it and died
-    connection.hset(f"rq:job:{status.id}-1", "status", "started")
-    trainings = folder_of(settings, "project-3")
-    status = trainings.note(status, state="running", attempts=1)
+    queue = Queue(TRAINING, connection=connection, serializer=JSONSerializer)
+    job = queue.fetch_job(f"{status.id}-1")
+    queue.remove(job)  # a worker took it
+    job.prepare_for_execution("killed", connection.pipeline())
+    job.set_status(JobStatus.STARTED)
+    job.started_at = datetime.now(UTC)
+    job.save()
     assert requeue(settings, connection) == []
-    silent = asdict(status) | {"heard_s": time.time() - 61}
-    (trainings.folder / "status.json").write_text(json.dumps(silent))
+    job.started_at -= timedelta(seconds=61)
+    job.save()
     assert [one.id for one in requeue(settings, connection)] == [status.id]
+    assert queue.get_job_ids() == [f"{status.id}-1"]
+
+
+def test_a_job_that_is_in_no_queue_any_more_is_queued_again(settings, connection):
+    status = request(settings, "project-3", "the button")
+    requeue(settings, connection)
+    connection.delete("rq:queue:training")  # taken by a worker that died before it wrote that down
+    assert [one.id for one in requeue(settings, connection)] == [status.id]
+
+
+def test_while_a_process_holds_the_line_nothing_is_queued(settings, connection):
+    request(settings, "project-3", "the button")
+    with folder_of(settings, "project-3").alone():
+        assert requeue(settings, connection) == []
+
+
+def test_an_error_of_our_own_is_tried_three_times_and_then_told(settings, connection, monkeypatch):
+    request(settings, "project-3", "the button")
+    (settings.data_dir / "corrections.sqlite").mkdir()
+    monkeypatch.setenv("GRACO_DATA_DIR", str(settings.data_dir))
+    for _ in range(3):
+        with pytest.raises(Exception, match="unable to open"):
+            train("project-3")
+    ended = folder_of(settings, "project-3").status()
+    assert ended is not None
+    assert (ended.state, ended.errors) == ("failed", 3)
+    assert "unable to open" in ended.said
+    assert folder_of(settings, "project-3").pending() is None
 
 
 def test_a_training_whose_process_dies_again_and_again_fails_with_a_sentence(settings, connection):
@@ -125,7 +158,5 @@ def test_a_training_is_carried_out_although_its_process_is_killed(settings, conn
     assert active is not None
     assert active.id == ended.version
     assert active.snapshot == store.snapshot("3").id
-    enqueue(settings, connection, ended)  # a job for something that has ended does nothing
-    assert trainer(settings).wait(60) == 0
-    assert len(registry.versions("project-3")) == 1
+    assert not trainings.work(ended).exists()
     store.close()
