@@ -7,7 +7,6 @@ and a deletion is final even when it comes first. Masks stay compressed as COCO'
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from active_learning.databases import open_whole
 from model.types import Click, Mask
 
 if TYPE_CHECKING:  # who writes corrections shall not hold pycocotools and scipy in memory
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["accepted", "corrected", "drawn", "predicted", "predicted-changed"]
 
+_REMEDY = "the ledger begins anew, and what Label Studio still has is fetched by: python -m ml_backend reconcile"
 _WAIT_S = 30  # for another process that writes
 _INSIDE = 0.9  # share of a mask that lies in the mask it is a part of
 _IN_USE, _RETIRED, _DELETED = range(3)
@@ -134,13 +135,10 @@ class CorrectionStore:
             path: the file; others appear beside it with the same beginning.
             clock: UTC seconds, to know when we learned of an annotation.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._clock = clock
         self._lock = threading.Lock()
-        with path.with_name(f"{path.name}.lock").open("w") as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)  # two processes that find it damaged shall not both put it aside
-            self._db = _open_whole(path)
+        self._db = open_whole(path, _open, _REMEDY)
 
     def close(self) -> None:
         """Close the file."""
@@ -436,25 +434,6 @@ def _box(mask: Mask) -> tuple[slice, slice]:
     """Return the rows and columns that hold all of a mask, which is not empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-
-
-def _open_whole(path: Path) -> sqlite3.Connection:
-    try:
-        return _open(path)
-    except sqlite3.OperationalError:  # locked, full, not ours: waiting or a person mends that
-        raise
-    except sqlite3.DatabaseError as error:
-        aside = path.with_suffix(f".damaged-{time.time_ns()}")
-        log.error(
-            "%s is damaged (%s): it is kept as %s, and the ledger begins anew; "
-            "what Label Studio still has is fetched by: python -m ml_backend reconcile",
-            *(path, error, aside.name),
-        )
-        for ending in ("-wal", "-shm", ""):  # a log left behind would be played into the new file
-            beside = path.with_name(path.name + ending)
-            if beside.exists():
-                beside.rename(aside.with_name(aside.name + ending))
-        return _open(path)
 
 
 def _open(path: Path) -> sqlite3.Connection:

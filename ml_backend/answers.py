@@ -15,6 +15,8 @@ from contextlib import closing
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from active_learning.databases import open_whole
+
 log = logging.getLogger(__name__)
 
 _SCHEMA = """
@@ -73,19 +75,10 @@ class AnswerStore:
 
     def __init__(self, path: Path, *, limit: int) -> None:
         """Open or create the file; one connection, used by one thread at a time."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._limit = limit
         self._lock = threading.Lock()
         self._added = 0
-        try:
-            self._db = _open(path)
-        except sqlite3.OperationalError:  # locked, full, not ours: waiting or a person mends that
-            raise
-        except sqlite3.DatabaseError as error:
-            aside = path.with_suffix(f".damaged-{time.time_ns()}")
-            log.error("%s is damaged (%s): it is kept as %s, and remembering begins anew", path, error, aside.name)
-            path.rename(aside)
-            self._db = _open(path)
+        self._db = open_whole(path, _open, "remembering begins anew")
 
     def close(self) -> None:
         """Close the file."""

@@ -20,6 +20,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from active_learning.databases import open_whole
+
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
@@ -62,17 +64,8 @@ class Inbox:
 
     def __init__(self, path: Path) -> None:
         """Open or create the file; one connection, used by one thread at a time."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        try:
-            self._db = _open(path)
-        except sqlite3.OperationalError:  # locked, full, not ours: waiting or a person mends that
-            raise
-        except sqlite3.DatabaseError as error:
-            aside = path.with_suffix(f".damaged-{time.time_ns()}")
-            log.error("%s is damaged (%s): it is kept as %s; run reconcile for what it held", path, error, aside.name)
-            path.rename(aside)
-            self._db = _open(path)
+        self._db = open_whole(path, _open, "what it held is fetched again by: python -m ml_backend reconcile")
 
     def close(self) -> None:
         """Close the file."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from model.annotations import encode
+from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet, encode
 from model.types import Mask, RGBImage
 from tests.model.drawn_set import disc
 
@@ -30,13 +31,41 @@ def strip_masks() -> dict[str, Mask]:
     }
 
 
-def strip() -> RGBImage:
-    """Return the photo, uint8 H, W, 3."""
+def strip(number: int | None = None) -> RGBImage:
+    """Return the photo, uint8 H, W, 3; those of other numbers differ in a corner, so that their files do."""
     photo = np.full((HEIGHT, WIDTH, 3), (95, 145, 85), np.uint8)
     photo += np.random.default_rng(7).integers(0, 12, (HEIGHT, WIDTH, 1), np.uint8)
     for mask, colour in zip(strip_masks().values(), (BLUE, WHITE, YELLOW, RED), strict=True):
         photo[mask] = colour
+    if number is not None:
+        photo[:4, :4] = number
     return photo
+
+
+def write_photos(folder: Path, photos: Sequence[RGBImage], masks: dict[str, Mask]) -> AnnotationSet:
+    """Write photos and return them as annotated, each with the same masks, all wholes."""
+    images, following = [], 1
+    for number, pixels in enumerate(photos, 1):
+        path = folder / f"{number}.png"
+        Image.fromarray(pixels).save(path)
+        notes = [
+            AnnotatedMask(
+                id=following + n,
+                image_id=number,
+                name=name,
+                level="object",
+                parent_id=None,
+                origin="human",
+                area=int(mask.sum()),
+                segmentation=encode(mask),
+            )
+            for n, (name, mask) in enumerate(masks.items())
+        ]
+        following += len(notes)
+        height, width = pixels.shape[:2]
+        image = AnnotatedImage(id=number, path=path, height=height, width=width, split=None, masks=tuple(notes))
+        images.append(image)
+    return AnnotationSet(name="drawn", licence="", images=tuple(images))
 
 
 def write_strip(folder: Path, **changes: dict[str, Any]) -> Path:

@@ -39,8 +39,7 @@ EASY = Margins(lose=5.0, doubt=50.0, least_objects=1, limit=2, budget=2)
 def fill(store: CorrectionStore, images: ImageStore, *, photos: int, project: str = "3") -> None:
     """Add corrections on `photos` drawn photos, some of them held out."""
     for number in range(photos):
-        pixels = strip()
-        pixels[:4, :4] = number  # so that each is another file
+        pixels = strip(number)
         file = BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         digest = hashlib.sha256(file.getvalue()).hexdigest()
