@@ -58,7 +58,7 @@ def test_the_gate_finds_persons_and_parts_of_many_levels_in_the_reference_set(se
     levels = Counter(image.level_of(mask).level for image, masks in chosen for mask in masks)
     assert len(chosen) == 20
     assert levels.total() == Margins().limit
-    assert levels[10] == 10
+    assert levels[10] == 20
     assert set(range(1, 8)) <= levels.keys()
 
 
