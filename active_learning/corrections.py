@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from active_learning.databases import open_whole
+from active_learning.databases import all_or_nothing, open_whole
 from model.types import Click, Mask
 
 if TYPE_CHECKING:  # who writes corrections shall not hold pycocotools and scipy in memory
@@ -367,13 +367,8 @@ class CorrectionStore:
         """Everything in the block, or nothing."""
         with self._lock:
             try:
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
+                with all_or_nothing(self._db):
                     yield self._db
-                    self._db.execute("COMMIT")
-                finally:
-                    if self._db.in_transaction:  # something was raised, and SQLite has not gone back by itself
-                        self._db.execute("ROLLBACK")
             except sqlite3.OperationalError as error:
                 raise NotKept(
                     f"{what} could not be kept in {self._path} ({error}); "

@@ -1,4 +1,4 @@
-"""SQLite files that several processes open: one that is damaged is put aside whole, and begun anew."""
+"""SQLite files that several processes open: one that is damaged is put aside, and writes are whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import fcntl
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -38,3 +39,15 @@ def open_whole(path: Path, open_file: Callable[[Path], sqlite3.Connection], reme
                 if beside.exists():
                     beside.rename(aside.with_name(aside.name + ending))
             return open_file(path)
+
+
+@contextmanager
+def all_or_nothing(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """Have everything in the block written in one transaction, or nothing; one thread at a time."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield db
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:  # something was raised, and SQLite has not gone back by itself
+            db.execute("ROLLBACK")

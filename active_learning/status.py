@@ -32,7 +32,6 @@ class TrainingStatus:
     state: State = "queued"
     attempts: int = 0  # processes that began it
     errors: int = 0  # of them that ended with an error of our own
-    heard_s: float = 0.0  # when it last showed life
     snapshot: str | None = None
     snapshot_s: float | None = None  # when it was taken
     masks: int = 0
@@ -56,9 +55,7 @@ class TrainingFolder:
         """Return the pending request, made now unless there is one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         now_s = time.time() if now_s is None else now_s
-        made = TrainingStatus(
-            id=f"train-{self.line}-{int(now_s * 1000)}", line=self.line, reason=reason, asked_s=now_s, heard_s=now_s
-        )
+        made = TrainingStatus(id=f"train-{self.line}-{int(now_s * 1000)}", line=self.line, reason=reason, asked_s=now_s)
         draft = self.folder / f".request.{os.getpid()}.{time.monotonic_ns()}"
         try:
             _write(draft, made)
@@ -103,8 +100,8 @@ class TrainingFolder:
         return [status for status in found if status is not None]
 
     def note(self, status: TrainingStatus, **changes: Any) -> TrainingStatus:
-        """Return `status` changed, written down with the time."""
-        changed = replace(status, heard_s=time.time(), **changes)
+        """Return `status` changed, and written down."""
+        changed = replace(status, **changes)
         self._replace(self.folder / "status.json", changed)
         return changed
 

@@ -34,7 +34,7 @@ from rq import Queue, Worker
 from rq.serializers import JSONSerializer
 
 from active_learning.registry import SHARED
-from ml_backend.fetch import Answer, Fetcher
+from ml_backend.fetch import Answer, Fetcher, read_answer
 from ml_backend.images import decode_image
 from ml_backend.jobs import ENCODE, connect
 from ml_backend.label_config import check_config, read_config
@@ -496,13 +496,7 @@ def _get(studio: Fetcher, path: str, kind: type[T], *, timeout_s: float = 5) -> 
         )
     if answer.status != 200:
         raise Refusal(f"Label Studio answered {answer.status} to {route}; look into Label Studio's log")
-    try:
-        return msgspec.json.decode(answer.body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise Refusal(
-            f"the answer to {route} is not Label Studio's; check that LABEL_STUDIO_URL leads to it and not to a page "
-            "of a proxy"
-        ) from None
+    return read_answer(answer.body, path, kind)
 
 
 def _claims(token: str) -> dict[str, Any] | None:

@@ -24,15 +24,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 
 import certifi
 import h11
+import msgspec
 
 from ml_backend.settings import Settings
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_REDIRECTS = 5
 _MAX_URI = 16 * 1024  # characters, data: aside
@@ -344,6 +348,26 @@ class Answer:
     location: str | None  # where it redirects to
     date: str | None  # by the server's clock
     body: bytes  # empty unless the status is 200
+
+
+def read_answer(body: bytes, path: str, kind: type[T]) -> T:
+    """Return what Label Studio's API answered, of the shape we expect.
+
+    Args:
+        body: of the answer.
+        path: that was asked for; its query stays out of the error.
+        kind: a msgspec struct, or another type that msgspec reads.
+
+    Raises:
+        Refusal: it is of another shape.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise Refusal(
+            f"the answer to {path.partition('?')[0]} is not Label Studio's; check that LABEL_STUDIO_URL leads to it "
+            "and not to a page of a proxy"
+        ) from None
 
 
 def _request(

@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from active_learning.databases import open_whole
+from active_learning.databases import all_or_nothing, open_whole
 
 log = logging.getLogger(__name__)
 
@@ -193,11 +193,5 @@ class Inbox:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            finally:
-                if self._db.in_transaction:  # something was raised, and SQLite has not gone back by itself
-                    self._db.execute("ROLLBACK")
+        with self._lock, all_or_nothing(self._db):
+            yield self._db

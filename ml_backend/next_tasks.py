@@ -31,7 +31,7 @@ import numpy.typing as npt
 from rich.console import Console
 
 from active_learning.selection import Uncertainty, feature, priorities, uncertainty
-from ml_backend.fetch import Fetcher, make_fetcher
+from ml_backend.fetch import Fetcher, make_fetcher, read_answer
 from ml_backend.images import TaskImage
 from ml_backend.label_config import LabelConfig, read_config
 from ml_backend.label_studio import read_batch
@@ -328,11 +328,7 @@ def _regions(service: Service, config: LabelConfig, project: int, task: _Task) -
 
 
 def _get(studio: Fetcher, path: str, kind: type[T]) -> T:
-    body = _ask(studio, path, "GET")
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise Refusal(f"the answer to {path.partition('?')[0]} is not Label Studio's; check LABEL_STUDIO_URL") from None
+    return read_answer(_ask(studio, path, "GET"), path, kind)
 
 
 def _send(studio: Fetcher, path: str, method: str, content: object = None) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from ml_backend.fetch import Fetcher, make_fetcher
+from ml_backend.fetch import Fetcher, make_fetcher, read_answer
 from ml_backend.ingest import Intake, annotation_event, ingest
 from ml_backend.label_studio import Json, changed_s
 from ml_backend.settings import Settings
@@ -208,10 +208,4 @@ def _get(studio: Fetcher, path: str, kind: type[T]) -> T:
             f"Label Studio answered {answer.status} to {route}; see that LABEL_STUDIO_API_KEY is the token of a user "
             "who may see the project, and look into Label Studio's log"
         )
-    try:
-        return msgspec.json.decode(answer.body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise Refusal(
-            f"the answer to {route} is not Label Studio's; check that LABEL_STUDIO_URL leads to it and not to a page "
-            "of a proxy"
-        ) from None
+    return read_answer(answer.body, path, kind)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import psutil
 import requests
 
 from ml_backend.label_config import make_config
+from ml_backend.simulate import free_port
 from model.types import Click
 from tests.bench.photos import HEIGHT, WIDTH
 
@@ -183,13 +183,6 @@ class Annotator:
             raise RuntimeError(f"no mask for {clicks} on {uri}: {result}; {self._backend.log_end()}")
         region: dict[str, Any] = result["result"][0]
         return region, seconds
-
-
-def free_port() -> int:
-    """Return a port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _task_id(uri: str) -> int:
