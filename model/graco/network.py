@@ -1,0 +1,256 @@
+"""SimpleClick's network, which GraCo steers: a plain ViT over patches of the image, clicks and the previous mask.
+
+The modules carry the names of the published state dicts, with one difference: the fused `attn.qkv` is `attn.q_proj`,
+`attn.k_proj` and `attn.v_proj`, so that LoRA sits on Q and V alone (`model.graco.weights` converts both ways). A
+granularity or a phrase is one vector, added to every token; its LoRA branch is part of the weights by then.
+
+Blocks run in windows of 224 pixels but for every sixth (ViT-B and L; eighth of H, second of xTiny), which see all.
+
+Sources: SimpleClick (arXiv 2210.11006), ViTDet's simple feature pyramid (arXiv 2203.16527), GraCo (arXiv 2405.00587).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.layers.attention import AttentionRope
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+WINDOW = 224
+"""Side of an attention window in pixels."""
+RADIUS = 5
+"""Radius of a click's disk in pixels of the network's input."""
+LEVELS = 10
+
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """The sizes that tell one published network from another."""
+
+    name: str  # vit_b, vit_l, vit_h, vit_xtiny, or vit_<width>x<depth>
+    width: int
+    depth: int
+    heads: int
+    patch: int  # pixels
+    size: int  # side of the input in pixels that the position embedding was made for
+    neck: tuple[int, int, int, int]  # channels at 1/4, 1/8, 1/16 and 1/32
+    head: int  # channels in which the four are joined
+    doublings: int = 0  # of the resolution inside the head: 0, or 1 or 2 where it was trained so
+
+    @property
+    def global_every(self) -> int:
+        """Every how many blocks one looks at the whole image."""
+        return 6 if self.depth == 12 else self.depth // 4
+
+
+class PatchEmbedding(nn.Module):
+    """Cut B, 3, H, W into patches: B, N, width."""
+
+    def __init__(self, width: int, patch: int) -> None:
+        """Take the width of a token and the side of a patch in pixels."""
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return one token a patch, row by row."""
+        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return tokens
+
+
+class Backbone(nn.Module):
+    """The plain ViT."""
+
+    def __init__(self, a: Architecture) -> None:
+        """Build it for an architecture, values at random."""
+        super().__init__()
+        self.grid, self.window, self.global_every = a.size // a.patch, WINDOW // a.patch, a.global_every
+        self.patch_embed = PatchEmbedding(a.width, a.patch)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + 1, a.width))
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.ModuleList()
+        for _ in range(a.depth):
+            block = Block(a.width, a.heads, qkv_bias=True, norm_layer=norm)
+            block.attn = AttentionRope(a.width, a.heads, qkv_fused=False, num_prefix_tokens=0)
+            self.blocks.append(block)
+
+    def forward(self, image: Tensor, prompt: Tensor, *, checkpointed: bool = False) -> Tensor:
+        """Return features B, width, H/patch, W/patch.
+
+        Args:
+            image: normalised pixels, B, 3, H, W.
+            prompt: what clicks, previous mask and granularity add to each token, B, N, width.
+            checkpointed: keep no activations inside blocks for the backward pass, but make them anew.
+        """
+        rows, columns = (side // self.patch_embed.proj.stride[0] for side in image.shape[2:])
+        x = self.patch_embed(image) + prompt + self.position(rows, columns)  # B, N, C
+        windowed = False
+        for number, block in enumerate(self.blocks, 1):
+            everywhere = number % self.global_every == 0
+            if windowed == everywhere:
+                x = self._join(x, rows, columns) if everywhere else self._split(x, rows, columns)
+                windowed = not everywhere
+            x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+        return x.transpose(1, 2).unflatten(2, (rows, columns))
+
+    def position(self, rows: int, columns: int) -> Tensor:
+        """Return the position embedding of a grid, 1, N, width: the learned one, or made from it by interpolation."""
+        learned = self.pos_embed[:, 1:]
+        if (rows, columns) == (self.grid, self.grid):
+            return learned
+        square = learned.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return F.interpolate(square, (rows, columns), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+
+    def _split(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        w, width = self.window, x.shape[-1]
+        x = x.reshape(-1, rows // w, w, columns // w, w, width).transpose(2, 3)
+        return x.reshape(-1, w * w, width)
+
+    def _join(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        w, width = self.window, x.shape[-1]
+        x = x.reshape(-1, rows // w, columns // w, w, w, width).transpose(2, 3)
+        return x.reshape(-1, rows * columns, width)
+
+
+def _normed(channels: int, *, last: bool = False) -> list[nn.Module]:
+    return [nn.GroupNorm(1, channels), *([nn.GELU()] if last else [])]
+
+
+class Neck(nn.Module):
+    """The simple feature pyramid: one feature map at 1/4, 1/8, 1/16 and 1/32 of the input, each from the last block."""
+
+    def __init__(self, a: Architecture) -> None:
+        """Build it for an architecture, values at random."""
+        super().__init__()
+        width, (c4, c8, c16, c32) = a.width, a.neck
+        m4, m8, m32 = max(2 * c4, width // 2), max(c8, width // 2), max(c32, 2 * width)
+        up = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
+        self.down_4 = nn.Sequential(
+            *(up(width, m4), *_normed(m4, last=True), up(m4, m4 // 2), *_normed(m4 // 2)),
+            *(nn.Conv2d(m4 // 2, c4, 1), *_normed(c4, last=True)),
+        )
+        self.down_8 = nn.Sequential(up(width, m8), *_normed(m8), nn.Conv2d(m8, c8, 1), *_normed(c8, last=True))
+        self.down_16 = nn.Sequential(nn.Conv2d(width, c16, 1), *_normed(c16, last=True))
+        self.down_32 = nn.Sequential(
+            *(nn.Conv2d(width, m32, 2, 2), *_normed(m32), nn.Conv2d(m32, c32, 1), *_normed(c32, last=True))
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the four maps, finest first."""
+        return [self.down_4(x), self.down_8(x), self.down_16(x), self.down_32(x)]
+
+
+class _Conv(nn.Module):
+    """A 1x1 convolution under the name that published files have for it."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, 1)
+
+
+class Head(nn.Module):
+    """The MLP head: four maps to one, then to logits.
+
+    The published code brings the maps to one size, joins them and then convolves. A 1x1 convolution and an
+    interpolation may change places, so each map is convolved at its own size: three quarters of the work less.
+    """
+
+    def __init__(self, a: Architecture) -> None:
+        """Build it for an architecture, values at random."""
+        super().__init__()
+        self.doublings = a.doublings
+        c1, c2, c4 = a.head, a.head // 2, a.head // 4
+        self.convs = nn.ModuleList(_Conv(channels, a.head) for channels in a.neck)
+        self.fusion_conv = _Conv(4 * a.head, a.head)
+        up = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
+        self.up_conv1 = nn.Sequential(up(c1, c2), *_normed(c2), nn.Conv2d(c2, c2, 1), *_normed(c2, last=True))
+        self.up_conv2 = nn.Sequential(up(c2, c4), *_normed(c4), nn.Conv2d(c4, c4, 1), *_normed(c4, last=True))
+        self.conv_seg = nn.Conv2d((c1, c2, c4)[a.doublings], 1, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Return logits B, 1, H/4, W/4 (twice or four times that where the head doubles)."""
+        fusion = self.fusion_conv.conv
+        joined = fusion.bias[:, None, None]
+        for x, conv, weight in zip(maps, self.convs, fusion.weight.chunk(4, dim=1), strict=True):
+            x = F.conv2d(F.relu(conv.conv(x)), weight)
+            if x.shape[2:] != maps[0].shape[2:]:
+                x = F.interpolate(x, maps[0].shape[2:], mode="bilinear", align_corners=False)
+            joined = joined + x
+        x = F.relu(joined)
+        for double in (self.up_conv1, self.up_conv2)[: self.doublings]:
+            x = double(x)
+        logits: Tensor = self.conv_seg(x)
+        return logits
+
+
+class SimpleClick(nn.Module):
+    """Image, disks of clicks and previous mask to logits."""
+
+    def __init__(self, a: Architecture) -> None:
+        """Build it for an architecture, values at random."""
+        super().__init__()
+        self.patch_embed_coords = PatchEmbedding(a.width, a.patch)
+        self.backbone = Backbone(a)
+        self.neck = Neck(a)
+        self.head = Head(a)
+
+    def forward(
+        self, image: Tensor, maps: Tensor, signal: Tensor | None = None, *, checkpointed: bool = False
+    ) -> Tensor:
+        """Return logits B, 1, H, W.
+
+        Args:
+            image: pixels as `normalise` gives them, B, 3, H, W; H and W multiples of `WINDOW`.
+            maps: previous mask (probability) and the disks of positive and negative clicks, B, 3, H, W.
+            signal: the vector of a granularity or a phrase, B, width; None: neither.
+            checkpointed: as `Backbone.forward`.
+        """
+        prompt = self.patch_embed_coords(maps)
+        if signal is not None:
+            prompt = prompt + signal[:, None]
+        features = self.backbone(image, prompt, checkpointed=checkpointed)
+        logits = self.head(self.neck(features))
+        return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=True)
+
+
+def normalise(image: Tensor) -> Tensor:
+    """Return RGB in [0, 1], ..., 3, H, W, as the network takes it: ImageNet's mean and deviation taken out."""
+    mean, deviation = (torch.tensor(value, device=image.device).reshape(3, 1, 1) for value in (_MEAN, _STD))
+    return (image - mean) / deviation
+
+
+def click_disks(clicks: Sequence[tuple[float, float, bool]], height: int, width: int) -> Tensor:
+    """Return the maps of positive and of negative clicks, 2, height, width: 1 within `RADIUS` of one, else 0.
+
+    Args:
+        clicks: row, column (pixels of the map, not rounded) and whether it is positive.
+        height: of the map.
+        width: of the map.
+    """
+    disks = torch.zeros(2, height, width)
+    rows, columns = torch.arange(height, dtype=torch.float32), torch.arange(width, dtype=torch.float32)
+    for row, column, positive in clicks:
+        if max(row, column) < 0:  # as the published code, which marks a click that is none so
+            continue
+        near = (rows - row)[:, None].square() + (columns - column).square() <= RADIUS**2
+        disks[0 if positive else 1][near] = 1.0
+    return disks
+
+
+def row_of(level: int) -> int:
+    """Return the row of the granularity embedding that a level 1 .. 10 has.
+
+    The published code truncates `clamp(10 g - 1, 0, 9)` in float32, which gives the same for g = level / 10.
+
+    >>> [row_of(level) for level in (1, 3, 10)]
+    [0, 2, 9]
+    """
+    return level - 1
