@@ -103,7 +103,12 @@ def load_lora(network: nn.Module, branch: str, tensors: dict[str, Tensor]) -> No
 
 
 def write_adapter(
-    path: Path, *, card: dict[str, Any], plain: dict[str, Tensor], lora: dict[str, dict[str, Tensor]]
+    path: Path,
+    *,
+    card: dict[str, Any],
+    plain: dict[str, Tensor],
+    lora: dict[str, dict[str, Tensor]],
+    exact: bool = False,
 ) -> None:
     """Write an adapter file; it appears whole or not at all. Large plain tensors are kept in fp16, all else in fp32.
 
@@ -112,6 +117,7 @@ def write_adapter(
         card: JSON-able; `base` (digest of the base weights), `rank` and `alpha` must be in it.
         plain: tensors that take the place of the network's own.
         lora: branch to matrices, as `lora_state` returns them.
+        exact: keep large plain tensors as they are, too.
     """
     tensors = {f"{_PLAIN}.{name}": value for name, value in plain.items()}
     for branch, matrices in lora.items():
@@ -119,7 +125,8 @@ def write_adapter(
     card = card | {"format": _FORMAT, "branches": sorted(lora)}
     draft = path.with_name(f".{path.name}.draft")
     path.parent.mkdir(parents=True, exist_ok=True)
-    halved = {k for k, v in tensors.items() if k.startswith(f"{_PLAIN}.") and v.ndim > 1 and v.numel() > _SMALL}
+    large = {k for k, v in tensors.items() if k.startswith(f"{_PLAIN}.") and v.ndim > 1 and v.numel() > _SMALL}
+    halved = set() if exact else large
     compact = {k: v.detach().cpu().half() if k in halved else v.detach().cpu() for k, v in tensors.items()}
     save_file({k: v.contiguous() for k, v in compact.items()}, draft, {"card": json.dumps(card)})
     draft.chmod(0o644)  # safetensors writes for its owner alone

@@ -8,14 +8,18 @@ answer depends on image, prompt and weights alone; a memo of earlier states only
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from model.geometry import FloatMap
-from model.types import Granularity, Prediction, Prompt, Refusal, RGBImage
+from model.metrics import iou
+from model.types import Granularity, Mask, Prediction, Prompt, Refusal, RGBImage
 
 BUNDLED = Path(__file__).resolve().parent / "weights" / "light.safetensors"
 """Base weights that ship with the code, of the family `light`."""
@@ -24,7 +28,13 @@ BUNDLED_ADAPTER = BUNDLED.with_name("light-granularity.safetensors")
 
 Device = Literal["auto", "cpu", "cuda"]
 EncoderChoice = Literal["auto", "fast", "exact"]
+Speed = Literal["exact", "fast"]
 State = Any  # belongs to the family
+
+T = TypeVar("T")
+
+_SAME = 0.85  # masks of all levels that agree more than this (IoU) are one
+_COMPARED = 1024  # pixels of a mask's long side that are looked at for it; more takes a second for ten large masks
 
 
 class Memo(Protocol):
@@ -54,6 +64,9 @@ class Encoded:
 class Segmenter(Protocol):
     """A model family with its weights loaded; safe to call from many threads."""
 
+    first_step_serves_all_levels: bool
+    """Whether the state after the first step is the same for every level."""
+
     @property
     def version(self) -> str:
         """Family and digest of the base weights, such as light-1a2b3c4d."""
@@ -81,6 +94,9 @@ class Segmenter(Protocol):
 
     def step(self, encoded: Encoded, prompt: Prompt, state: State | None) -> State:
         """Return the state after the last click of `prompt`, given the state before it (None: it is the first)."""
+
+    def steps(self, encoded: Encoded, prompts: Sequence[Prompt], states: Sequence[State | None]) -> list[State]:
+        """Return the states after the last clicks of several prompts on one image; in one pass if that is sooner."""
 
     def render(self, encoded: Encoded, prompt: Prompt, state: State, *, proposals: int = 1) -> Prediction:
         """Return the answer that `state` holds, masks at the image's size, at most `proposals` of them."""
@@ -110,6 +126,8 @@ def predict(
     prompt = segmenter.understood(prompt)
     open_question = prompt.granularity is None and prompt.phrase is None
     if proposals > 1 and open_question and _is_first(prompt) and segmenter.adapter is not None:
+        if not segmenter.first_step_serves_all_levels:
+            return _all_levels(segmenter, encoded, prompt, {} if memo is None else memo, proposals)
         state = _replay(segmenter, encoded, replace(prompt, granularity=ANY_LEVEL), memo)
     else:
         state = _replay(segmenter, encoded, prompt, memo)
@@ -128,6 +146,32 @@ def probability(segmenter: Segmenter, encoded: Encoded, prompt: Prompt) -> Float
 
 ANY_LEVEL = Granularity(10)
 """Stands for all levels in a memo's key: the first step serves every one of them."""
+
+
+def _all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo, proposals: int) -> Prediction:
+    """Return the masks of all levels that differ, small to large, where each level takes a pass of its own."""
+    prompts = [replace(prompt, granularity=Granularity(level)) for level in range(1, 11)]
+    missing = [p for p in prompts if memo.get(p) is None]
+    states: dict[Prompt, State] = dict(
+        zip(missing, segmenter.steps(encoded, missing, [None] * len(missing)), strict=True)
+    )
+    for p, state in states.items():
+        memo[p] = state
+    answers = [segmenter.render(encoded, p, states.get(p) or memo.get(p)) for p in prompts]
+    ranked = sorted((answer.best for answer in answers), key=lambda proposal: -proposal.score)
+    stride = -(-max(encoded.height, encoded.width) // _COMPARED)
+    found = differing((proposal, proposal.mask[::stride, ::stride]) for proposal in ranked)[:proposals] or ranked[:1]
+    found.sort(key=lambda proposal: int(np.count_nonzero(proposal.mask)))
+    return Prediction(proposals=tuple(found), adapter=segmenter.adapter)
+
+
+def differing(masks: Iterable[tuple[T, Mask]]) -> list[T]:
+    """Return what belongs to the masks that are not empty and like none before them."""
+    kept: list[tuple[T, Mask]] = []
+    for key, mask in masks:
+        if mask.any() and all(iou(mask, other) <= _SAME for _, other in kept):
+            kept.append((key, mask))
+    return [key for key, _ in kept]
 
 
 def _is_first(prompt: Prompt) -> bool:
@@ -157,8 +201,8 @@ def _replay(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo |
 
 
 def _memo_key(segmenter: Segmenter, prompt: Prompt) -> Prompt:
-    """The first step has no earlier answer to choose by granularity, so its state serves every level."""
-    if not _is_first(prompt):
+    """Where the first step has no earlier answer to choose by granularity, its state serves every level."""
+    if not _is_first(prompt) or not segmenter.first_step_serves_all_levels:
         return prompt
     learned = segmenter.adapter is not None and prompt.granularity is not None
     return replace(prompt, granularity=ANY_LEVEL if learned else None)
@@ -171,30 +215,56 @@ def load_segmenter(
     adapter: Path | None = None,
     device: Device = "auto",
     encoder: EncoderChoice = "auto",
+    speed: Speed = "exact",
+    size: int = 0,
     threads: int = 0,
     compiled: Path | None = None,
+    clip: Path | None = None,
 ) -> Segmenter:
     """Load a family's weights from a safetensors file, strictly.
 
     Args:
-        family: `light`.
+        family: `light`, or `graco`: SimpleClick's network as `ml_backend weights import` keeps it.
         weights: the file of its base weights.
-        adapter: the file of a granularity adapter; None: the base alone, whose levels choose by rank of area.
+        adapter: the file of a granularity adapter; None: the base alone. Its levels choose by rank of area in `light`,
+            and mean nothing in `graco`.
         device: `auto` takes CUDA where there is one.
-        encoder: `fast` compiles the image encoder for this CPU, `exact` runs it in torch fp32, `auto` is fast where
-            that works.
+        encoder: of `light`: `fast` compiles the image encoder for this CPU, `exact` runs it in torch fp32, `auto` is
+            fast where that works.
+        speed: of `graco`: `exact` answers as the published code does, `fast` in half precision where that is sooner.
+        size: of `graco`: side of the network's input in pixels; 0: that of the weights.
         threads: CPU threads of one run; 0: one per core.
-        compiled: folder to keep the compiled encoder in; None: compiled anew at each start.
+        compiled: folder to keep compiled networks in; None: `light` compiles anew at each start, `graco` runs in torch.
+        clip: of `graco`: CLIP's weights for phrases; None: phrases are refused.
 
     Raises:
         Refusal: the family is unknown, or the file is missing, damaged or of another network.
     """
+    segmenter: Segmenter
     if family == "light":
         from model.light.segmenter import LightSegmenter
 
         segmenter = LightSegmenter.load(weights, device=device, encoder=encoder, threads=threads, compiled=compiled)
-        return segmenter if adapter is None else segmenter.with_adapter(adapter)
-    raise Refusal(f"model family {family!r} is unknown; this version has: light")
+    elif family == "graco":
+        from model.graco.segmenter import GracoSegmenter
+
+        segmenter = GracoSegmenter.load(
+            weights, device=device, speed=speed, size=size, threads=threads, compiled=compiled, clip=clip
+        )
+    else:
+        raise Refusal(f"model family {family!r} is unknown; this version has: light, graco")
+    return segmenter if adapter is None else segmenter.with_adapter(adapter)
+
+
+def pick_device(device: Device) -> torch.device:
+    """Return the device that a choice means here.
+
+    Raises:
+        Refusal: CUDA was asked for, and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Refusal("GRACO_DEVICE=cuda, but torch sees no CUDA device; use auto or cpu, or install a driver")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def version_of(family: str, weights: Path) -> str:

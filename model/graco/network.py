@@ -1,8 +1,9 @@
 """SimpleClick's network, which GraCo steers: a plain ViT over patches of the image, clicks and the previous mask.
 
 The modules carry the names of the published state dicts, with one difference: the fused `attn.qkv` is `attn.q_proj`,
-`attn.k_proj` and `attn.v_proj`, so that LoRA sits on Q and V alone (`model.graco.weights` converts both ways). A
-granularity or a phrase is one vector, added to every token; its LoRA branch is part of the weights by then.
+`attn.k_proj` and `attn.v_proj`, so that LoRA sits on Q and V alone (`model.graco.weights` converts both ways). What
+steers it, a granularity or a phrase, is an input like the image: a vector that is added to every token, and the LoRA
+matrices of its branch. Nothing of it is ever written into the weights, so any thread may ask for any branch.
 
 Blocks run in windows of 224 pixels but for every sixth (ViT-B and L; eighth of H, second of xTiny), which see all.
 
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from timm.layers.attention import AttentionRope
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,6 +52,14 @@ class Architecture:
         return 6 if self.depth == 12 else self.depth // 4
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """The LoRA matrices of one branch for all blocks, scale included in `up`; zeros change nothing."""
+
+    down: Tensor  # depth, 2 (Q, V), rank, width
+    up: Tensor  # depth, 2, width, rank
+
+
 class PatchEmbedding(nn.Module):
     """Cut B, 3, H, W into patches: B, N, width."""
 
@@ -66,6 +74,54 @@ class PatchEmbedding(nn.Module):
         return tokens
 
 
+class Attention(nn.Module):
+    """Self-attention with separate Q, K and V, to which low-rank matrices may be added for one pass."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        """Take the width of a token and the number of heads."""
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, down: Tensor | None = None, up: Tensor | None = None) -> Tensor:
+        """Return the attended tokens B, N, width; `down` (2, rank, width) and `up` (2, width, rank) are LoRA's."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if down is not None and up is not None:
+            q = q + F.linear(F.linear(x, down[0]), up[0])
+            v = v + F.linear(F.linear(x, down[1]), up[1])
+        batch, tokens, width = x.shape
+        split = (batch, tokens, self.heads, width // self.heads)
+        q, k, v = (part.reshape(split).transpose(1, 2) for part in (q, k, v))  # B, heads, N, C
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out: Tensor = self.proj(attended)
+        return out
+
+
+class _Norm(nn.LayerNorm):
+    """Layer normalisation with the ViT's epsilon; timm passes device and type along."""
+
+    def __init__(self, width: int, **_: object) -> None:
+        super().__init__(width, eps=1e-6)
+
+
+class SteeredBlock(Block):
+    """A ViT block whose attention may be steered."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        """Take the width of a token and the number of heads."""
+        super().__init__(width, heads, qkv_bias=True, norm_layer=_Norm)
+        self.attn = Attention(width, heads)
+
+    def forward(self, x: Tensor, down: Tensor | None = None, up: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Return the tokens after attention and MLP; arguments as `Attention.forward`."""
+        x = x + self.attn(self.norm1(x), down, up)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
 class Backbone(nn.Module):
     """The plain ViT."""
 
@@ -75,19 +131,17 @@ class Backbone(nn.Module):
         self.grid, self.window, self.global_every = a.size // a.patch, WINDOW // a.patch, a.global_every
         self.patch_embed = PatchEmbedding(a.width, a.patch)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2 + 1, a.width))
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList()
-        for _ in range(a.depth):
-            block = Block(a.width, a.heads, qkv_bias=True, norm_layer=norm)
-            block.attn = AttentionRope(a.width, a.heads, qkv_fused=False, num_prefix_tokens=0)
-            self.blocks.append(block)
+        self.blocks = nn.ModuleList(SteeredBlock(a.width, a.heads) for _ in range(a.depth))
 
-    def forward(self, image: Tensor, prompt: Tensor, *, checkpointed: bool = False) -> Tensor:
+    def forward(
+        self, image: Tensor, prompt: Tensor, low_rank: LowRank | None = None, *, checkpointed: bool = False
+    ) -> Tensor:
         """Return features B, width, H/patch, W/patch.
 
         Args:
             image: normalised pixels, B, 3, H, W.
             prompt: what clicks, previous mask and granularity add to each token, B, N, width.
+            low_rank: the branch that is on; None: the base's own weights, or what a training has attached to them.
             checkpointed: keep no activations inside blocks for the backward pass, but make them anew.
         """
         rows, columns = (side // self.patch_embed.proj.stride[0] for side in image.shape[2:])
@@ -98,15 +152,17 @@ class Backbone(nn.Module):
             if windowed == everywhere:
                 x = self._join(x, rows, columns) if everywhere else self._split(x, rows, columns)
                 windowed = not everywhere
-            x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
-        return x.transpose(1, 2).unflatten(2, (rows, columns))
+            steer = () if low_rank is None else (low_rank.down[number - 1], low_rank.up[number - 1])
+            x = checkpoint(block, x, *steer, use_reentrant=False) if checkpointed else block(x, *steer)
+        features: Tensor = x.transpose(1, 2).reshape(x.shape[0], -1, rows, columns)
+        return features
 
     def position(self, rows: int, columns: int) -> Tensor:
         """Return the position embedding of a grid, 1, N, width: the learned one, or made from it by interpolation."""
         learned = self.pos_embed[:, 1:]
         if (rows, columns) == (self.grid, self.grid):
             return learned
-        square = learned.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        square = learned.transpose(1, 2).reshape(1, -1, self.grid, self.grid)
         return F.interpolate(square, (rows, columns), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
     def _split(self, x: Tensor, rows: int, columns: int) -> Tensor:
@@ -155,6 +211,11 @@ class _Conv(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, out, 1)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolved map."""
+        convolved: Tensor = self.conv(x)
+        return convolved
+
 
 class Head(nn.Module):
     """The MLP head: four maps to one, then to logits.
@@ -178,13 +239,15 @@ class Head(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return logits B, 1, H/4, W/4 (twice or four times that where the head doubles)."""
         fusion = self.fusion_conv.conv
-        joined = fusion.bias[:, None, None]
-        for x, conv, weight in zip(maps, self.convs, fusion.weight.chunk(4, dim=1), strict=True):
-            x = F.conv2d(F.relu(conv.conv(x)), weight)
-            if x.shape[2:] != maps[0].shape[2:]:
-                x = F.interpolate(x, maps[0].shape[2:], mode="bilinear", align_corners=False)
-            joined = joined + x
-        x = F.relu(joined)
+        size, biases = maps[0].shape[2:], (fusion.bias, None, None, None)
+        parts = [
+            F.conv2d(F.relu(conv(x)), weight, bias)
+            for x, conv, weight, bias in zip(maps, self.convs, fusion.weight.chunk(4, dim=1), biases, strict=True)
+        ]
+        x = parts[0]
+        for coarser in parts[1:]:
+            x = x + F.interpolate(coarser, size, mode="bilinear", align_corners=False)
+        x = F.relu(x)
         for double in (self.up_conv1, self.up_conv2)[: self.doublings]:
             x = double(x)
         logits: Tensor = self.conv_seg(x)
@@ -203,7 +266,13 @@ class SimpleClick(nn.Module):
         self.head = Head(a)
 
     def forward(
-        self, image: Tensor, maps: Tensor, signal: Tensor | None = None, *, checkpointed: bool = False
+        self,
+        image: Tensor,
+        maps: Tensor,
+        signal: Tensor | None = None,
+        low_rank: LowRank | None = None,
+        *,
+        checkpointed: bool = False,
     ) -> Tensor:
         """Return logits B, 1, H, W.
 
@@ -211,14 +280,32 @@ class SimpleClick(nn.Module):
             image: pixels as `normalise` gives them, B, 3, H, W; H and W multiples of `WINDOW`.
             maps: previous mask (probability) and the disks of positive and negative clicks, B, 3, H, W.
             signal: the vector of a granularity or a phrase, B, width; None: neither.
+            low_rank: as `Backbone.forward`.
             checkpointed: as `Backbone.forward`.
         """
+        features = self.features(image, maps, signal, low_rank, checkpointed=checkpointed)
+        return self.logits(features, (image.shape[2], image.shape[3]))
+
+    def features(
+        self,
+        image: Tensor,
+        maps: Tensor,
+        signal: Tensor | None = None,
+        low_rank: LowRank | None = None,
+        *,
+        checkpointed: bool = False,
+    ) -> Tensor:
+        """Return what the ViT makes of all inputs, B, width, H/patch, W/patch; arguments as `forward`."""
         prompt = self.patch_embed_coords(maps)
         if signal is not None:
             prompt = prompt + signal[:, None]
-        features = self.backbone(image, prompt, checkpointed=checkpointed)
+        features: Tensor = self.backbone(image, prompt, low_rank, checkpointed=checkpointed)
+        return features
+
+    def logits(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the logits B, 1, *size that neck and head make of features."""
         logits = self.head(self.neck(features))
-        return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=True)
+        return F.interpolate(logits, size, mode="bilinear", align_corners=True)
 
 
 def normalise(image: Tensor) -> Tensor:

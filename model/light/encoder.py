@@ -7,12 +7,8 @@ the masks (IoU under 0.99), so they are not offered.
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import shutil
 import tempfile
 import threading
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.compiled import CompiledModel, ensure_exported, runtime_name, save_traced
 from model.light.network import SIDE
 from model.light.weights import IMAGE_ENCODER, load_part
 
@@ -75,50 +72,20 @@ class OpenVinoEncoder:
         Raises:
             ImportError, RuntimeError: OpenVINO does not run here, or the export failed.
         """
-        import openvino as ov
-
         self.name = "openvino-fp32"
         self._lock = threading.Lock()
-        exported = folder / f"encoder-{digest[:16]}-openvino-{ov.__version__.split('-')[0]}"
-        if not (exported / _MODEL).is_file():
-            _export_apart(weights, exported)
-        config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-        if threads:
-            config["INFERENCE_NUM_THREADS"] = str(threads)
-        self._request = ov.Core().compile_model(exported / _MODEL, "CPU", config).create_infer_request()
+        exported = folder / f"encoder-{digest[:16]}-{runtime_name()}"
+        ensure_exported(exported, _MODEL, _export, weights)
+        self._run = CompiledModel(exported / _MODEL, threads=threads)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the embedding 1, 256, 64, 64 in fp32; one call runs at a time."""
         with self._lock:
-            return torch.from_numpy(self._request.infer([pixels.numpy()])[0].copy())
+            return torch.from_numpy(self._run(pixels.numpy()).copy())
 
 
-def _export_apart(weights: Path, folder: Path) -> None:
-    """Export in a process of its own: tracing takes a gigabyte that a serving process would never give back."""
-    process = multiprocessing.get_context("spawn").Process(target=_export, args=(weights, folder))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"the encoder could not be exported into {folder} (exit status {process.exitcode})")
-
-
-def _export(weights: Path, folder: Path) -> None:
-    """Write the encoder in OpenVINO's format into a neighbour folder, then rename: nobody reads half a model."""
-    import openvino as ov
-
-    encoder = _load_encoder(weights)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing warns that window sizes become constants, as they shall
-        model = ov.convert_model(encoder.eval(), example_input=torch.zeros(1, 3, SIDE, SIDE), input=[1, 3, SIDE, SIDE])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
-    try:
-        ov.save_model(model, draft / _MODEL, compress_to_fp16=False)
-        os.replace(draft, folder)
-    except OSError:
-        shutil.rmtree(draft, ignore_errors=True)
-        if not (folder / _MODEL).is_file():  # else another process was sooner
-            raise
+def _export(folder: Path, weights: Path) -> None:
+    save_traced(_load_encoder(weights).eval(), (torch.zeros(1, 3, SIDE, SIDE),), folder / _MODEL)
 
 
 def make_encoder(

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -36,22 +36,16 @@ from model.light.network import (
     PromptEncoder,
 )
 from model.light.weights import MASK_DECODER, PROMPT_ENCODER, load_part
-from model.metrics import iou
-from model.segmenter import Device, Encoded, EncoderChoice, digest_of, read_weights
-from model.types import Click, Granularity, Mask, Prediction, Prompt, Proposal, Refusal, RGBImage
+from model.segmenter import Device, Encoded, EncoderChoice, differing, digest_of, pick_device, read_weights
+from model.types import Click, Granularity, Prediction, Prompt, Proposal, Refusal, RGBImage
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _DECODING = threading.Lock()  # passes side by side on the same cores take longer each and gain nothing
 _MEAN = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1)
 _STD = torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1)
 _SINGLE, _MULTI = 0, (1, 2, 3)  # mask tokens
 _RANK_LEVELS = (Granularity(2), Granularity(5), Granularity(10))  # where the three masks stand, small to large
-
-
-_SAME = 0.85  # masks of a ladder that agree more than this (IoU) are one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,16 +81,7 @@ class LadderState:
         height, width = _filled(fit, self.logits.shape[1])
         masks = self.logits[:LEVELS, :height, :width] > 0
         by_score = sorted(range(LEVELS), key=lambda level: -self.scores[level])
-        return _different([(level, masks[level]) for level in by_score])
-
-
-def _different(masks: Iterable[tuple[T, Mask]]) -> list[T]:
-    """Return what belongs to the masks that are not empty and like none before them."""
-    kept: list[tuple[T, Mask]] = []
-    for key, mask in masks:
-        if mask.any() and all(iou(mask, other) <= _SAME for _, other in kept):
-            kept.append((key, mask))
-    return [key for key, _ in kept]
+        return differing([(level, masks[level]) for level in by_score])
 
 
 def rank_of(granularity: Granularity) -> int:
@@ -110,6 +95,8 @@ def rank_of(granularity: Granularity) -> int:
 
 class LightSegmenter:
     """TinyViT + SAM decoder; see `model.segmenter.Segmenter` for what the methods mean."""
+
+    first_step_serves_all_levels = True
 
     def __init__(
         self,
@@ -140,7 +127,7 @@ class LightSegmenter:
         compiled: Path | None = None,
     ) -> Self:
         """Load weights and prepare the encoder; arguments and errors as `model.segmenter.load_segmenter`."""
-        target = _pick_device(device)
+        target = pick_device(device)
         if target.type == "cuda" and device == "auto":
             try:
                 return cls._try(weights, encoder, threads, compiled)
@@ -260,6 +247,12 @@ class LightSegmenter:
             tuple(_MULTI[i] for i in np.argsort(areas, kind="stable")),
         )
 
+    def steps(
+        self, encoded: Encoded, prompts: Sequence[Prompt], states: Sequence[LightState | LadderState | None]
+    ) -> list[LightState | LadderState]:
+        """Return the states after the last clicks of several prompts, one by one: a pass is cheap."""
+        return [self.step(encoded, prompt, state) for prompt, state in zip(prompts, states, strict=True)]
+
     def _climb(
         self, adapter: LadderAdapter, image: Tensor, points: Tensor, phrase: str | None, fit: Fit
     ) -> LadderState:
@@ -299,7 +292,7 @@ class LightSegmenter:
         if whole_ladder:  # masks of a few logits may be alike at the image's size only
             stride = -(-max(fit.height, fit.width) // SIDE)  # comparing ten masks of a large image takes a second
             compared = [(proposal, proposal.mask[::stride, ::stride]) for proposal in found]
-            found = _different(compared)[:proposals] or found[:1]
+            found = differing(compared)[:proposals] or found[:1]
             found.sort(key=lambda proposal: int(np.count_nonzero(proposal.mask)))
         return Prediction(
             proposals=tuple(found),
@@ -331,9 +324,3 @@ def _points(prompt: Prompt, fit: Fit) -> tuple[Tensor, Tensor]:
     if prompt.box is None:
         points, kinds = np.vstack([points, np.zeros((1, 2), np.float32)]), [*kinds, POINT_PADDING]
     return torch.from_numpy(points)[None], torch.tensor([kinds])
-
-
-def _pick_device(device: Device) -> torch.device:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise Refusal("GRACO_DEVICE=cuda, but torch sees no CUDA device; use auto or cpu, or install a driver")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
