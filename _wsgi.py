@@ -6,6 +6,7 @@ from ml_backend.service import Service
 from ml_backend.settings import Settings
 
 settings = Settings()
+logs.hide(settings.secrets())
 logs.configure(settings.log_level, as_json=settings.log_json)
 service = Service(settings)
 service.start()

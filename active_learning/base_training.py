@@ -21,14 +21,8 @@ from accelerate import PartialState
 from torch import Tensor
 
 from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, TrainingPhoto, View, photos_of
-from active_learning.train import (
-    Progress,
-    TrainingConfig,
-    fine_tune,
-    plain_state,
-    prepare,
-    seeded,
-)
+from active_learning.train import TrainingConfig, fine_tune, plain_state, prepare
+from active_learning.training_run import Progress, seeded
 from model.adapter import load_lora, lora_state, read_adapter, write_adapter
 from model.annotations import read_annotations
 from model.evaluation.protocol import Bench, Models, Options, Scene

@@ -50,6 +50,9 @@ CREATE TABLE IF NOT EXISTS regions (
     PRIMARY KEY (project, annotation, place)
 );
 CREATE TABLE IF NOT EXISTS deleted_tasks (project TEXT, task INTEGER, PRIMARY KEY (project, task)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS classes (
+    project TEXT PRIMARY KEY, labels TEXT NOT NULL, updated_s REAL NOT NULL
+) WITHOUT ROWID;
 """
 _FIELDS = (
     *("region", "image", "height", "width", "label", "granularity", "phrase", "clicks", "kind", "adapter", "annotator"),
@@ -250,6 +253,43 @@ class CorrectionStore:
             _delete(db, project, gone, self._clock())
         return gone
 
+    def note_classes(self, project: str, labels: Iterable[str] | None, *, updated_s: float) -> None:
+        """Remember the classes a project has now; what was corrected keeps the class it had.
+
+        Args:
+            project: of them.
+            labels: the classes; None: any may occur.
+            updated_s: UTC, when the project was last changed; an older state than the known one is left alone.
+
+        Raises:
+            NotKept: the file cannot be written.
+        """
+        text = "null" if labels is None else json.dumps(sorted(set(labels)))
+        with self._change(f"the classes of project {project}") as db:
+            db.execute(
+                "INSERT INTO classes VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET"
+                " labels = excluded.labels, updated_s = excluded.updated_s WHERE excluded.updated_s >= updated_s",
+                (project, text, updated_s),
+            )
+
+    def strays(self, project: str | None) -> dict[str, dict[str, int]]:
+        """Return how many corrections in use are of classes that their project has no more, by project and class.
+
+        Args:
+            project: of them; None: all projects.
+        """
+        query = (
+            "SELECT project, label, labels, COUNT(*) FROM regions JOIN annotations USING (project, annotation)"
+            " JOIN classes USING (project) WHERE state = ? AND project = ifnull(?, project) AND label <> ''"
+            " GROUP BY project, label ORDER BY project, label"
+        )
+        found: dict[str, dict[str, int]] = {}
+        for owner, label, labels, count in self._rows(query, (_IN_USE, project)):
+            known = json.loads(labels)
+            if known is not None and label not in known:
+                found.setdefault(owner, {})[label] = count
+        return found
+
     def known(self, project: str) -> dict[int, float]:
         """Return when each annotation was last changed, UTC seconds; retired ones too, deleted ones not."""
         query = "SELECT annotation, updated_s FROM annotations WHERE project = ? AND state <> ?"
@@ -268,6 +308,7 @@ class CorrectionStore:
         kinds: Collection[Kind] | None = None,
         annotator: int | None = None,
         limit: int | None = None,
+        offset: int = 0,
     ) -> list[Correction]:
         """Return the corrections in use, newest first.
 
@@ -277,6 +318,7 @@ class CorrectionStore:
             kinds: only these; None: all.
             annotator: only theirs; None: everyone's.
             limit: corrections to return at most; None: all.
+            offset: newer ones to leave out.
         """
         where = "state = ? AND updated_s >= ?"
         values: list[object] = [_IN_USE, since_s]
@@ -286,8 +328,8 @@ class CorrectionStore:
             where, values = f"{where} AND kind IN ({_places(len(kinds))})", [*values, *kinds]
         if annotator is not None:
             where, values = f"{where} AND annotator = ?", [*values, annotator]
-        order = "ORDER BY updated_s DESC, project, annotation DESC, place LIMIT ?"
-        rows = self._rows(f"{_READ} WHERE {where} {order}", (*values, -1 if limit is None else limit))
+        order = "ORDER BY updated_s DESC, project, annotation DESC, place LIMIT ? OFFSET ?"
+        rows = self._rows(f"{_READ} WHERE {where} {order}", (*values, -1 if limit is None else limit, offset))
         return [_correction(row) for row in rows]
 
     def get(self, project: str, annotation: int, *, retired: bool = False) -> list[Correction]:

@@ -20,29 +20,20 @@ import numpy as np
 
 from active_learning.corrections import CorrectionStore, Snapshot
 from active_learning.dataset import EmbeddingFiles, photos_of
-from active_learning.gate import (
-    Margins,
-    ObjectCurve,
-    Objects,
-    Verdict,
-    curves_of,
-    judge,
-    objects_of,
-    paired,
-    write_verdict,
-)
+from active_learning.gate import Margins, Objects, Verdict, curves_of, judge, objects_of, write_verdict
 from active_learning.images import ImageStore
-from active_learning.learn import LearningConfig, blended, learn
-from active_learning.registry import SHARED, AdapterRegistry, AdapterVersion
+from active_learning.learn import LearningConfig, Trainable, blended, learn, write_untrained
+from active_learning.registry import SHARED, AdapterRegistry, AdapterVersion, project_of
+from active_learning.scores import ObjectCurve, paired
 from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split, read_snapshot, write_snapshot
 from active_learning.status import State, TrainingFolder, TrainingStatus
-from active_learning.train import Progress
+from active_learning.training_run import Progress
 from model.adapter import read_adapter
 from model.annotations import AnnotationSet
 from model.embeddings import EmbeddingFolder
 from model.evaluation.protocol import Models
 from model.evaluation.runner import scene_of
-from model.light.segmenter import LightSegmenter
+from model.graco.segmenter import GracoSegmenter
 from model.segmenter import Segmenter, digest_of, read_weights
 from model.types import Refusal
 
@@ -79,21 +70,13 @@ class Workplace:
     store: CorrectionStore
     images: ImageStore
     registry: AdapterRegistry
-    segmenter: LightSegmenter  # the base, without adapter
+    segmenter: Trainable  # the base, without adapter
     embeddings: Path  # folder of encoded photos
     configured: Path | None  # the adapter that serves a line without a version of its own; None: the base alone does
-    bundled: Path  # the adapter to begin from where the base alone serves
+    bundled: Path | None  # the adapter to begin from where the base alone serves; None: one that changes nothing
+    weights: Path | None = None  # the base's file, which `graco` is trained from
     replay: AnnotationSet  # learned from beside the corrections
     reference: AnnotationSet  # judged on beside the hold-out
-
-
-def project_of(line: str) -> str | None:
-    """Return the project of a line; None: all of them.
-
-    >>> project_of("project-3"), project_of("shared")
-    ('3', None)
-    """
-    return None if line == SHARED else line.removeprefix("project-")
 
 
 def due(when: When, *, new: int, last_s: float | None, now_s: float) -> str | None:
@@ -164,7 +147,7 @@ def run(
             return _end_with(place.registry, watch, made[-1])
         parent = _serving(place.registry, status.line)
         incumbent = place.configured if parent is None else place.registry.path(parent)
-        begin = incumbent or place.bundled
+        begin = incumbent or place.bundled or _untrained(place.segmenter, folder)
         _keep_if_same(folder, {"parent": digest_of(read_weights(begin)), "config": asdict(config), "base": base})
         found = annotated(snapshot, place.images)
         trained = learn(
@@ -176,15 +159,17 @@ def run(
             begin,
             folder,
             card={"snapshot": snapshot.id, "recipe": json.dumps(asdict(config), sort_keys=True)},
+            weights=place.weights,
             device=limits.device,
             precision=limits.precision,
             before_step=watch.look,
             report=watch.report,
         )
         watch.note(state="judging", left_s=None)
+        exact = isinstance(place.segmenter, GracoSegmenter)
         judge_candidate = _Judge(place, incumbent, of_split(found, HOLD_OUT), margins, folder, watch)
         for share in config.blends:
-            candidate = blended(begin, trained, share, folder / "adapter.safetensors")
+            candidate = blended(begin, trained, share, folder / "adapter.safetensors", exact=exact)
             verdict = judge_candidate(candidate)
             if verdict.decision != "rejected":
                 break
@@ -252,7 +237,10 @@ class _Watch:
         began_s, first = self._first
         done = progress.step - first
         left_s = (progress.steps - progress.step) * (now_s - began_s) / done if done else None
-        self.note(step=progress.step, steps=progress.steps, loss=progress.figures.get("loss"), left_s=left_s)
+        loss = progress.figures.get("loss")
+        if loss is not None:
+            self._trainings.note_loss(progress.step, loss)
+        self.note(step=progress.step, steps=progress.steps, loss=loss, left_s=left_s)
 
 
 def _snapshot(store: CorrectionStore, folder: Path, project: str | None, watch: _Watch) -> Snapshot:
@@ -277,6 +265,12 @@ def _serving(registry: AdapterRegistry, line: str) -> AdapterVersion | None:
         except Refusal as refusal:
             log.warning("line %s is passed over, as it is when answering: %s", name, refusal)
     return None
+
+
+def _untrained(segmenter: Trainable, folder: Path) -> Path:
+    if not isinstance(segmenter, GracoSegmenter):
+        raise Refusal("the light family begins from the adapter that ships with it; restore it from the repository")
+    return write_untrained(folder / "untrained.safetensors", segmenter)
 
 
 def _keep_if_same(folder: Path, plan: dict[str, Any]) -> None:
@@ -320,6 +314,10 @@ class _Judge:
         self._sets = holdout, place.reference
         self._incumbent = place.segmenter.with_adapter(incumbent)
         self._known = [self._curves(self._incumbent, found) for found in self._sets]
+        self._first: list[ObjectCurve] | None = None
+        if incumbent != place.configured:
+            first = place.segmenter.with_adapter(place.configured)
+            self._first = self._curves(first, place.reference)
 
     def __call__(self, candidate: Path) -> Verdict:
         """Return the verdict; it, its curves and its pictures are kept in the folder `verdict`."""
@@ -328,7 +326,10 @@ class _Judge:
             paired(candidate=self._curves(adapted, found), incumbent=known)
             for found, known in zip(self._sets, self._known, strict=True)
         )
-        verdict = judge(holdout, reference, self._margins, np.random.default_rng(0))
+        since_first = None
+        if self._first is not None:
+            since_first = paired(candidate=[ours for ours, _ in reference], incumbent=self._first)
+        verdict = judge(holdout, reference, self._margins, np.random.default_rng(0), since_first=since_first)
         write_verdict(
             self._folder / "verdict",
             verdict,

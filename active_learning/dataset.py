@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.annotations import AnnotatedImage, AnnotationSet
+from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet
 from model.embeddings import EmbeddingFolder
 from model.geometry import Fit
 from model.light.ladder import LEVELS, LOGITS_PER_CELL, cells
@@ -80,6 +80,11 @@ class TrainingPhoto:
     human: npt.NDArray[np.bool_]  # N, drawn by people
     names: tuple[str, ...]
     kinds: tuple[str, ...]  # object, part, subpart
+    drawn: tuple[AnnotatedMask, ...]  # N, as the set has them
+
+    def mask(self, index: int) -> Mask:
+        """Return one mask at the view's own size, bool H, W."""
+        return self.view.of(self.drawn[index].mask()).astype(bool)
 
     def masks(self) -> npt.NDArray[np.bool_]:
         """Return all masks, N, rows, columns."""
@@ -157,6 +162,7 @@ def _prepare(image: AnnotatedImage, digest: str, view: View, *, stated: bool) ->
         human=np.array([not m.origin.startswith("proposal") for m in kept]),
         names=tuple(m.name for m in kept),
         kinds=tuple(m.level for m in kept),
+        drawn=tuple(kept),
     )
 
 
@@ -284,13 +290,21 @@ class Sampler:
 
     def draw(self, rng: np.random.Generator, clicks: int) -> Lesson:
         """Return a lesson of `clicks` first clicks on one photo."""
-        group = self._groups[rng.choice(len(self._groups), p=self._shares)]
-        photo, weights = group[rng.integers(len(group))]
+        photo, weights = self._photo(rng)
         again = np.count_nonzero(weights) < clicks  # else no mask is clicked twice
         primaries = rng.choice(len(weights), size=clicks, replace=again, p=weights / weights.sum()).astype(np.int64)
         masks = photo.masks()
         places = np.stack([_place(rng, masks[i], central=rng.random() < self._central) for i in primaries])
         return _lesson(rng, photo, masks, primaries, places)
+
+    def draw_mask(self, rng: np.random.Generator) -> tuple[TrainingPhoto, int]:
+        """Return a photo and the index of one of its masks."""
+        photo, weights = self._photo(rng)
+        return photo, int(rng.choice(len(weights), p=weights / weights.sum()))
+
+    def _photo(self, rng: np.random.Generator) -> tuple[TrainingPhoto, npt.NDArray[np.float64]]:
+        group = self._groups[rng.choice(len(self._groups), p=self._shares)]
+        return group[rng.integers(len(group))]
 
 
 def _place(rng: np.random.Generator, mask: Mask, *, central: bool) -> npt.NDArray[np.float32]:

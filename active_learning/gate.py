@@ -2,11 +2,10 @@
 
 Two sets are clicked: the hold-out (corrected images that no training saw), on which the candidate must win, and the
 reference set (outside photos, always the same), which shows what was forgotten. Each object is clicked at its mask's
-own level, since without a level or a phrase an adapter has no part in the answer. Objects are compared in pairs, so
-that hard ones weigh on both sides alike. Everything is deterministic but for the bootstrap, whose generator comes in.
+own level, since without a level or a phrase an adapter has no part in the answer; how two adapters' clicks compare is
+`active_learning.scores`. Everything is deterministic but for the bootstrap, whose generator comes in.
 
-Source: NoC and the robot as in RITM (arXiv 2102.06583), a miss counted as the budget; the paired percentile bootstrap
-of Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
+Source: the robot as in RITM (arXiv 2102.06583).
 """
 
 from __future__ import annotations
@@ -16,25 +15,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
+from PIL import Image
 
+from active_learning.scores import UPPER, Difference, ObjectCurve, Paired, Pairs, compare
 from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet
 from model.evaluation.protocol import Bench, ClickChain, Models, Options, Scene
 from model.evaluation.report import draw_cell, draw_click_curves, draw_rows
 from model.evaluation.sets import evenly_spaced
-from model.metrics import clicks_over, number_of_clicks
 from model.segmenter import Segmenter
 from model.types import MAX_CLICKS, Granularity, Refusal
 
 Decision = Literal["accepted", "rejected", "too-few"]
 Objects = tuple[Scene, Sequence[AnnotatedMask]]  # a photo, and the masks on it that are clicked
 
-_LOWER, _UPPER = 0.85, 0.90  # the IoU of NoC@85 and NoC@90
-_RESAMPLES = 2000
 _SHEET_ROWS = 12
 
 
@@ -44,11 +40,13 @@ class Margins:
 
     A set of 40 objects cannot prove a loss of 3 %: its interval is some 10 % wide on either side, and one object that
     stops at IoU 0.899 instead of 0.901 makes 5 %. So a loss of more than `lose` counts where the whole interval lies
-    above 0, and one of more than `doubt` always.
+    above 0, and one of more than `doubt` always. What is let through at each version may add up over many: so it is
+    also counted from the adapter that the line began with, and more than `total` of that is let through by no version.
     """
 
     lose: float = 0.03  # relative NoC@90 that the mean may be worse by for certain, on either set
     doubt: float = 0.10  # relative NoC@90 that the mean may be worse by at all, on either set
+    total: float = 0.10  # relative NoC@90 that the mean on the reference set may be worse by since the line began
     win: float = 0.0  # relative NoC@85 that the hold-out must gain more than
     first: float = 0.005  # IoU after one click that the hold-out may lose
     confidence: float = 0.95  # of the intervals, two-sided
@@ -57,10 +55,10 @@ class Margins:
     budget: int = 10  # clicks on one object at most
 
     def __post_init__(self) -> None:
-        if not (0 <= self.lose <= self.doubt and self.win >= 0 and self.first >= 0):
+        if not (0 <= self.lose <= self.doubt and min(self.total, self.win, self.first) >= 0):
             raise Refusal(
-                f"margins lose {self.lose}, doubt {self.doubt}, win {self.win}, first {self.first}: "
-                "give 0 <= lose <= doubt, and win and first of 0 or more"
+                f"margins lose {self.lose}, doubt {self.doubt}, total {self.total}, win {self.win}, first {self.first}"
+                ": give 0 <= lose <= doubt, and total, win and first of 0 or more"
             )
         if not 0 < self.confidence < 1:
             raise Refusal(f"confidence {self.confidence} is outside 0..1; 0.95 is usual")
@@ -68,77 +66,6 @@ class Margins:
             raise Refusal(f"a budget of {self.budget} clicks is outside 1..{MAX_CLICKS}")
         if not 1 <= self.least_objects <= self.limit:
             raise Refusal(f"{self.least_objects} objects at least and {self.limit} at most: give 1 <= least <= most")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ObjectCurve:
-    """How one object went: the IoU after each click up to the budget, the last value held once IoU 0.90 is reached."""
-
-    object: str  # digest of the photo and id of the mask
-    name: str
-    level: int  # that was asked for, 1..10
-    ious: tuple[float, ...]  # one for each click of the budget
-
-    def __post_init__(self) -> None:
-        if not self.ious or not all(0 <= iou <= 1 for iou in self.ious):
-            raise ValueError(f"the curve of {self.object} must hold an IoU in 0..1 for each click, at least one")
-
-    def clicks(self, target: float) -> int:
-        """Return the clicks to a target IoU, a miss counted as the budget."""
-        return number_of_clicks(np.array(self.ious), target, len(self.ious)) or len(self.ious)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
-        return asdict(self) | {"ious": list(self.ious)}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> ObjectCurve:
-        """Return the curve that `to_json` wrote.
-
-        Raises:
-            ValueError: it is not one.
-        """
-        try:
-            ious = tuple(float(iou) for iou in content["ious"])
-            return cls(object=str(content["object"]), name=str(content["name"]), level=int(content["level"]), ious=ious)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not the curve of an object ({error!r}); have it clicked again") from error
-
-
-Pairs = Sequence[tuple[ObjectCurve, ObjectCurve]]  # candidate's and incumbent's, as `paired` makes them
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """How one adapter did on the objects of a set."""
-
-    objects: int
-    noc85: float  # mean clicks to IoU 0.85, a miss counted as the budget
-    noc90: float
-    misses85: int
-    misses90: int
-    iou1: float  # mean IoU after one click
-    curve: tuple[float, ...]  # mean IoU after each click
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """Candidate against incumbent; below 0 the candidate needs fewer clicks."""
-
-    mean: float  # clicks
-    relative: float  # of the incumbent's mean
-    low: float  # bootstrap interval of `relative`
-    high: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Paired:
-    """Both on the same objects."""
-
-    candidate: Scores
-    incumbent: Scores
-    noc85: Difference
-    noc90: Difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +77,9 @@ class Verdict:
     reasons: tuple[str, ...]
     holdout: Paired | None  # None: it has no object
     reference: Paired
+    since_first: Paired | None = (
+        None  # on the reference set, against the adapter that the line began with; None: that serves
+    )
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as plain values."""
@@ -201,7 +131,7 @@ def curves_of(
         for mask in masks:
             level = _level(scene, mask)
             chain = ClickChain(segmenter=segmenter, encoded=scene.encoded, truth=scene.truth(mask), granularity=level)
-            ious = chain.run(budget, until=_UPPER)
+            ious = chain.run(budget, until=UPPER)
             held = (*ious, *ious[-1:] * (budget - len(ious)))
             curves.append(ObjectCurve(object=_key(scene, mask), name=mask.name, level=level.level, ious=held))
             report(len(curves))
@@ -217,53 +147,24 @@ def _key(scene: Scene, mask: AnnotatedMask) -> str:
     return f"{scene.image.digest()[:16]}/{mask.id}"
 
 
-def paired(*, candidate: Iterable[ObjectCurve], incumbent: Iterable[ObjectCurve]) -> Pairs:
-    """Return the curves of both, object by object, sorted by object.
-
-    Raises:
-        ValueError: they are not of the same objects, or an object is there twice.
-    """
-    sides = [sorted(curves, key=lambda curve: curve.object) for curves in (candidate, incumbent)]
-    names = [[curve.object for curve in side] for side in sides]
-    if names[0] != names[1] or len(set(names[0])) < len(names[0]):
-        raise ValueError("candidate and incumbent must have clicked the same objects, each once")
-    return list(zip(*sides, strict=True))
-
-
 # --- Judging --------------------------------------------------------------------------------------------------------
 
 
-def scores_of(curves: Sequence[ObjectCurve]) -> Scores:
-    """Return what the curves of a set come to.
-
-    Raises:
-        ValueError: there is none, or they are of different budgets.
-    """
-    if not curves:
-        raise ValueError("no object to score: pass at least one curve")
-    budget = len(curves[0].ious)
-    counts = {
-        target: clicks_over([number_of_clicks(np.array(c.ious), target, budget) for c in curves], budget)
-        for target in (_LOWER, _UPPER)
-    }
-    curve = tuple(fmean(at) for at in zip(*(c.ious for c in curves), strict=True))
-    return Scores(
-        objects=len(curves),
-        noc85=counts[_LOWER].penalised_mean,
-        noc90=counts[_UPPER].penalised_mean,
-        misses85=counts[_LOWER].misses,
-        misses90=counts[_UPPER].misses,
-        iou1=curve[0],
-        curve=curve,
-    )
-
-
-def judge(holdout: Pairs | None, reference: Pairs, margins: Margins, rng: np.random.Generator) -> Verdict:
+def judge(
+    holdout: Pairs | None,
+    reference: Pairs,
+    margins: Margins,
+    rng: np.random.Generator,
+    *,
+    since_first: Pairs | None = None,
+) -> Verdict:
     """Return whether the candidate may serve.
 
     On either set it loses where its mean NoC@90 is worse by more than `margins.doubt`, or by more than `margins.lose`
     with the whole interval above 0. On the hold-out it wins where its mean NoC@85 is lower by more than `margins.win`
-    and its mean IoU after one click is not lower by more than `margins.first`. Without enough objects to say so the
+    and its mean IoU after one click is not lower by more than `margins.first`. It also loses where it is worse on the
+    reference set than the adapter the line began with, by more than `margins.total`, and no better than the incumbent:
+    a line that is beyond that already may only come back. Without enough objects to say so the
     decision is `too-few`, and the caller's to take; a candidate that loses on the reference set is rejected even so.
     The order of the pairs does not matter, and equal generators give equal verdicts.
 
@@ -272,14 +173,19 @@ def judge(holdout: Pairs | None, reference: Pairs, margins: Margins, rng: np.ran
         reference: curves on the reference set.
         margins: what may be lost and has to be won.
         rng: draws the bootstrap.
+        since_first: curves on the reference set, of the candidate and of the adapter the line began with; None: that
+            is the incumbent.
 
     Raises:
         ValueError: the reference is empty, or a curve is of another budget than `margins.budget`.
     """
-    outside = _compare(reference, margins, rng)
-    own = _compare(holdout, margins, rng) if holdout else None
+    outside = _compared(reference, margins, rng)
+    own = _compared(holdout, margins, rng) if holdout else None
     enough = own is not None and own.candidate.objects >= margins.least_objects
+    whole_way = _compared(since_first, margins, rng) if since_first else None
     losses = _losses("reference set", outside, margins)
+    if whole_way is not None and outside.noc90.relative >= -_ROUNDING:
+        losses += _drift(whole_way, margins)
     reasons = [_figures("reference set", outside)]
     if own is not None:
         reasons.insert(0, _figures("hold-out", own))
@@ -300,28 +206,14 @@ def judge(holdout: Pairs | None, reference: Pairs, margins: Margins, rng: np.ran
         reasons=(*reasons, *losses),
         holdout=own,
         reference=outside,
+        since_first=whole_way,
     )
 
 
-def _compare(pairs: Pairs, margins: Margins, rng: np.random.Generator) -> Paired:
+def _compared(pairs: Pairs, margins: Margins, rng: np.random.Generator) -> Paired:
     if any(len(curve.ious) != margins.budget for pair in pairs for curve in pair):
         raise ValueError(f"a curve has not {margins.budget} clicks, the budget; have the objects clicked again")
-    pairs = sorted(pairs, key=lambda pair: pair[0].object)
-    candidate, incumbent = (scores_of([pair[side] for pair in pairs]) for side in (0, 1))
-    drawn = rng.integers(len(pairs), size=(_RESAMPLES, len(pairs)))
-    by_target = [
-        _difference(np.array([[curve.clicks(target) for curve in pair] for pair in pairs]), drawn, margins.confidence)
-        for target in (_LOWER, _UPPER)
-    ]
-    return Paired(candidate=candidate, incumbent=incumbent, noc85=by_target[0], noc90=by_target[1])
-
-
-def _difference(clicks: npt.NDArray[np.int64], drawn: npt.NDArray[np.int64], confidence: float) -> Difference:
-    """Compare clicks (N, 2: candidate, incumbent); `drawn` names the objects of each resample."""
-    ours, theirs = clicks.mean(axis=0)
-    sums = clicks[drawn].sum(axis=1)  # resamples, 2
-    low, high = np.quantile(sums[:, 0] / sums[:, 1] - 1, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Difference(mean=float(ours - theirs), relative=float(ours / theirs - 1), low=float(low), high=float(high))
+    return compare(pairs, rng, confidence=margins.confidence)
 
 
 _ROUNDING = 1e-9  # means of equal curves may differ by this
@@ -337,6 +229,17 @@ def _losses(where: str, found: Paired, margins: Margins) -> list[str]:
             f"{margins.lose:+.1%} is allowed."
         ]
     return []
+
+
+def _drift(found: Paired, margins: Margins) -> list[str]:
+    change = found.noc90
+    if change.relative <= margins.total + _ROUNDING:
+        return []
+    return [
+        "With it, losses of the versions so far add up to too much on the reference set: NoC@90 "
+        f"{change.relative:+.1%} against the adapter that the line began with, where {margins.total:+.1%} is allowed; correct other things "
+        "too, or go back: python -m ml_backend adapters rollback"
+    ]
 
 
 def _not_won(found: Paired, margins: Margins) -> list[str]:
@@ -423,15 +326,25 @@ def _draw_changes(path: Path, pairs: Pairs, objects: Iterable[Objects], models: 
     for scene, masks in objects:
         for mask in masks:
             if (key := _key(scene, mask)) in shown:
-                rows[key] = _row(Bench(models, scene, mask, Options()))
+                rows[key] = row_of(Bench(models, scene, mask, Options()))[0]
     if rows:
         draw_rows(path, [rows[key] for key in sorted(rows, key=lambda key: (-abs(change[key]), key))])
 
 
-def _row(bench: Bench) -> list[Any]:
+def row_of(
+    bench: Bench, labels: tuple[str, str] = ("incumbent", "candidate")
+) -> tuple[list[Image.Image], tuple[float, float]]:
+    """Return the cells of a sheet's row (photo and click, then both answers), and the IoU of both answers.
+
+    Args:
+        bench: the mask, and the two that answer one click at its own level: `base`, then `adapted`.
+        labels: what they are called.
+    """
     pixels, truth, click, level = bench.scene.pixels(), bench.truth, bench.first, _level(bench.scene, bench.mask)
     cells = [draw_cell(pixels, None, truth, click, f"{bench.mask.name or bench.mask.level} {level.value}")]
-    for label, segmenter in (("incumbent", bench.models.base), ("candidate", bench.models.adapted)):
+    ious = []
+    for label, segmenter in zip(labels, (bench.models.base, bench.models.adapted), strict=True):
         mask, iou = bench.answer(segmenter, granularity=level)
+        ious.append(iou)
         cells.append(draw_cell(pixels, mask, truth, click, f"{label}: {iou:.2f}"))
-    return cells
+    return cells, (ious[0], ious[1])

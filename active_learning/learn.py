@@ -1,4 +1,4 @@
-"""Fine-tuning: an adapter that serves and a snapshot of corrections to candidates.
+"""Fine-tuning: an adapter that serves and a snapshot of corrections to candidates, of the family that serves.
 
 Only the level branch learns; the phrase branch's LoRA is handed on as it is. Lessons are drawn half from the
 corrections and half from the replay set, a slice of what the shipped adapter was trained on, so that nothing is
@@ -8,7 +8,8 @@ A candidate's weights lie between the parent's and the trained ones (`blended`):
 won, and forgets far less (docs/experiments.md).
 
 Sources: weights between two trainings, Wortsman et al., Robust fine-tuning of zero-shot models (arXiv 2109.01903);
-experience replay (Rolnick et al., arXiv 1811.11682); `active_learning.train` for the loop itself.
+experience replay (Rolnick et al., arXiv 1811.11682); `active_learning.train` and
+`active_learning.train_graco` for the loops themselves.
 """
 
 from __future__ import annotations
@@ -16,15 +17,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from active_learning.dataset import EmbeddingFiles, Sampler, TrainingPhoto
-from active_learning.train import BadCheckpoint, Progress, TrainingConfig, fine_tune, plain_state, prepare, seeded
-from model.adapter import load_lora, lora_state, read_adapter, write_adapter
+from active_learning.status import SHORT
+from active_learning.train import TrainingConfig, fine_tune, plain_state, prepare
+from active_learning.train_graco import GracoCourse, SteeredNetwork, untrained
+from active_learning.train_graco import fine_tune as fine_tune_graco
+from active_learning.training_run import BadCheckpoint, Course, Progress, seeded
+from model.adapter import AdapterFile, load_lora, lora_state, read_adapter, write_adapter
+from model.graco.runtime import load_network
+from model.graco.segmenter import GracoSegmenter
 from model.light.adapter import LEVEL, VOCABULARY
 from model.light.ladder import LadderDecoder
 from model.light.segmenter import LightSegmenter
@@ -32,6 +40,11 @@ from model.segmenter import digest_of, read_weights
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
+
+Trainable = LightSegmenter | GracoSegmenter
+"""A base that adapters are trained for."""
+Learned = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]  # plain tensors, and matrices by branch
+AnyCourse = TypeVar("AnyCourse", bound=Course)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,31 +63,47 @@ class LearningConfig:
     checkpoint_every: int = 50  # steps
 
     def training(self, masks: int, *, rank: int, alpha: int, device: str, precision: str) -> TrainingConfig:
-        """Return how to train on this many masks."""
-        steps = min(self.most_steps, max(self.fewest_steps, round(self.steps_per_mask * masks)))
+        """Return how to train `light` on this many masks."""
         return TrainingConfig(
             branch=LEVEL,
-            steps=steps,
-            clicks=self.clicks,
-            central=0.6,
             rank=rank,
             alpha=alpha,
-            learning_rate=self.learning_rate,
             head_learning_rate=self.head_learning_rate,
             warmup=20,
-            average=0.99,
-            kind_weights={"object": 1.0, "part": 1.0, "subpart": 1.0},
-            seed=self.seed,
-            device=device,
-            precision=precision,
-            checkpoint_every=self.checkpoint_every,
             log_every=10,
+            **self._of_any(masks, device, precision),
         )
+
+    def graco_course(self, masks: int, *, size: int, rank: int, alpha: int, device: str, precision: str) -> GracoCourse:
+        """Return how to train `graco` on this many masks, on inputs of `size` pixels."""
+        return GracoCourse(
+            size=size, rank=rank, alpha=alpha, warmup=5, log_every=1, **self._of_any(masks, device, precision)
+        )
+
+    def _of_any(self, masks: int, device: str, precision: str) -> dict[str, Any]:
+        return {
+            "steps": min(self.most_steps, max(self.fewest_steps, round(self.steps_per_mask * masks))),
+            "clicks": self.clicks,
+            "central": 0.6,
+            "learning_rate": self.learning_rate,
+            "average": 0.99,
+            "kind_weights": {"object": 1.0, "part": 1.0, "subpart": 1.0},
+            "seed": self.seed,
+            "device": device,
+            "precision": precision,
+            "checkpoint_every": self.checkpoint_every,
+        }
+
+
+GRACO_LEARNING = LearningConfig(
+    steps_per_mask=1.0, fewest_steps=60, most_steps=150, clicks=2, learning_rate=5e-4, checkpoint_every=5
+)
+"""Its steps take the whole network on four lessons each: a hundred times what a step of `light` takes."""
 
 
 def learn(
     config: LearningConfig,
-    segmenter: LightSegmenter,
+    segmenter: Trainable,
     photos: Sequence[TrainingPhoto],
     replay: Sequence[TrainingPhoto],
     embeddings: EmbeddingFiles,
@@ -82,6 +111,7 @@ def learn(
     folder: Path,
     *,
     card: dict[str, Any],
+    weights: Path | None = None,
     device: str = "cpu",
     precision: str = "bf16",
     before_step: Callable[[], None] = lambda: None,
@@ -94,10 +124,11 @@ def learn(
         segmenter: the base.
         photos: of the corrections that are trained on.
         replay: of the replay set.
-        embeddings: of all those photos; what is missing is encoded.
+        embeddings: of all those photos; what is missing is encoded. `graco` asks for none.
         parent: the adapter to begin from.
         folder: gets the checkpoint, TensorBoard's files and the result.
         card: what else the result's card shall say.
+        weights: the base's file, which `graco` trains from.
         device: `cpu` or `auto`.
         precision: `bf16`, or `no`: fp32.
         before_step: as `active_learning.train.fine_tune` calls it.
@@ -113,63 +144,105 @@ def learn(
         raise Refusal("no corrected mask is large enough to learn from")
     found = read_adapter(parent, base=segmenter.digest)
     masks = sum(len(photo.kinds) for photo in photos)
-    training = config.training(
-        masks, rank=found.card["rank"], alpha=found.card["alpha"], device=device, precision=precision
-    )
-    fewer = folder / "clicks"  # of a step, where memory ran out at an earlier attempt
-    if fewer.is_file():
-        training = replace(training, clicks=int(fewer.read_text()))
-    while True:
-        with seeded(config.seed):
-            network = LadderDecoder(segmenter.mask_decoder, int(found.card["phrase_width"]))
-        prepare(network, training)
-        network.load_state_dict({k: v for k, v in found.plain.items() if k != VOCABULARY}, strict=False)
-        load_lora(network.transformer, LEVEL, found.lora[LEVEL])
-        groups = [(1 - config.replay, photos), (config.replay, replay)]
-        sampler = Sampler(
-            groups, level_power=training.level_power, kind_weights=training.kind_weights, central=training.central
+    groups = [(1 - config.replay, photos), (config.replay, replay)]
+    recipe = f"{card.get('snapshot')} from {digest_of(read_weights(parent))}"
+    known = {"rank": found.card["rank"], "alpha": found.card["alpha"], "device": device, "precision": precision}
+    watched: dict[str, Any] = {"recipe": recipe, "before_step": before_step, "report": report}
+    if isinstance(segmenter, GracoSegmenter):
+        assert weights is not None
+        graco = config.graco_course(masks, size=segmenter.architecture.size, **known)
+        taught = partial(_teach_graco, weights, found, groups, folder, watched)
+        learned = _as_memory_allows(graco, taught, folder)
+        steps, exact = graco.steps, True
+    else:
+        light = config.training(masks, **known)
+        learned = _as_memory_allows(
+            light, partial(_teach_light, segmenter, embeddings, found, groups, folder, watched), folder
         )
+        steps, exact = light.steps, False
+    plain, lora = learned
+    kept = {name: found.card[name] for name in _HANDED_ON if name in found.card}
+    write_adapter(target, card=kept | card | {"steps": steps, "masks": masks}, plain=plain, lora=lora, exact=exact)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    return target
+
+
+Groups = Sequence[tuple[float, Sequence[TrainingPhoto]]]
+
+
+def _teach_light(
+    segmenter: LightSegmenter,
+    embeddings: EmbeddingFiles,
+    found: AdapterFile,
+    groups: Groups,
+    folder: Path,
+    watched: dict[str, Any],
+    training: TrainingConfig,
+) -> Learned:
+    with seeded(training.seed):
+        network = LadderDecoder(segmenter.mask_decoder, int(found.card["phrase_width"]))
+    prepare(network, training)
+    network.load_state_dict({k: v for k, v in found.plain.items() if k != VOCABULARY}, strict=False)
+    load_lora(network.transformer, LEVEL, found.lora[LEVEL])
+    fine_tune(training, network, segmenter.prompt_encoder, _sampler(training, groups), embeddings, folder, **watched)
+    lora = dict(found.lora) | {LEVEL: lora_state(network.transformer, LEVEL)}
+    return found.plain | plain_state(network), lora
+
+
+def _teach_graco(
+    weights: Path, found: AdapterFile, groups: Groups, folder: Path, watched: dict[str, Any], course: GracoCourse
+) -> Learned:
+    network = SteeredNetwork(load_network(weights)[0], found, course)
+    fine_tune_graco(course, network, _sampler(course, groups), folder, **watched)
+    return network.adapter(found)
+
+
+def _sampler(course: Course, groups: Groups) -> Sampler:
+    return Sampler(groups, level_power=course.level_power, kind_weights=course.kind_weights, central=course.central)
+
+
+def _as_memory_allows(course: AnyCourse, teach: Callable[[AnyCourse], Learned], folder: Path) -> Learned:
+    """Return what was learned, with as many clicks at a time as memory suffices for."""
+    fewer = folder / _CLICKS
+    if fewer.is_file():
+        course = replace(course, clicks=int(fewer.read_text()))
+    if (folder / SHORT).is_file():
+        course = _with_fewer_clicks(course, folder)
+        (folder / SHORT).unlink()
+    while True:
         try:
-            fine_tune(
-                training,
-                network,
-                segmenter.prompt_encoder,
-                sampler,
-                embeddings,
-                folder,
-                recipe=f"{card.get('snapshot')} from {digest_of(read_weights(parent))}",
-                before_step=before_step,
-                report=report,
-            )
-            break
+            return teach(course)
         except BadCheckpoint as refusal:
             log.warning("training begins anew: %s", refusal)
             (folder / "checkpoint.pt").unlink()
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            if training.clicks == 1:
-                raise Refusal(
-                    "memory does not suffice to learn from one click at a time; raise GRACO_TRAIN_MEMORY_MB, or stop "
-                    "other programs on this machine"
-                ) from error
-            training = replace(training, clicks=max(1, training.clicks // 2))
-            log.warning("memory ran out: training begins anew with %d clicks a step", training.clicks)
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
-            fewer.write_text(str(training.clicks))
-            del network
-    lora = dict(found.lora) | {LEVEL: lora_state(network.transformer, LEVEL)}
-    plain = found.plain | plain_state(network)
-    kept = {name: found.card[name] for name in _HANDED_ON if name in found.card}
-    write_adapter(target, card=kept | card | {"steps": training.steps, "masks": masks}, plain=plain, lora=lora)
+            course = _with_fewer_clicks(course, folder)
+
+
+_CLICKS = "clicks"
+"""File with the clicks of a step, where memory ran out at an earlier attempt."""
+
+
+def _with_fewer_clicks(training: AnyCourse, folder: Path) -> AnyCourse:
+    """Return how to train now that memory ran out, and write it down; what was learned so far is dropped."""
+    if training.clicks == 1:
+        raise Refusal(
+            "memory does not suffice to learn from one click at a time; raise GRACO_TRAIN_MEMORY_MB, or stop "
+            "other programs on this machine"
+        )
+    training = replace(training, clicks=training.clicks // 2)
+    log.warning("memory ran out: training begins anew with %d clicks a step", training.clicks)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
-    return target
+    (folder / _CLICKS).write_text(str(training.clicks))
+    return training
 
 
 _HANDED_ON = ("base", "rank", "alpha", "phrase_width", "phrase_encoder", "phrase_threshold", "vocabulary")
 
 
-def blended(parent: Path, trained: Path, share: float, target: Path) -> Path:
+def blended(parent: Path, trained: Path, share: float, target: Path, *, exact: bool = False) -> Path:
     """Write the adapter between two, and return its file.
 
     Args:
@@ -177,6 +250,7 @@ def blended(parent: Path, trained: Path, share: float, target: Path) -> Path:
         trained: as `learn` left it; 1 is this.
         share: where between them, 0..1.
         target: the file to write.
+        exact: as `model.adapter.write_adapter` takes it.
 
     Raises:
         Refusal: one of them cannot be read.
@@ -188,8 +262,16 @@ def blended(parent: Path, trained: Path, share: float, target: Path) -> Path:
 
     lora = {branch: between(old.lora[branch], matrices) for branch, matrices in new.lora.items()}
     card = new.card | {"blend": share}
-    write_adapter(target, card=card, plain=between(old.plain, new.plain), lora=lora)
+    write_adapter(target, card=card, plain=between(old.plain, new.plain), lora=lora, exact=exact)
     return target
+
+
+def write_untrained(path: Path, segmenter: GracoSegmenter) -> Path:
+    """Write the adapter to begin from where none was imported, which changes nothing, and return its file."""
+    a = segmenter.architecture
+    nothing = untrained(a.width, a.depth, segmenter.digest)
+    write_adapter(path, card=nothing.card, plain=nothing.plain, lora=nothing.lora, exact=True)
+    return path
 
 
 def _out_of_memory(error: BaseException) -> bool:

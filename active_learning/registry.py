@@ -77,6 +77,20 @@ def line_of(project: int | str) -> str:
     return f"project-{project}"
 
 
+def project_of(line: str) -> str | None:
+    """Return the project of a line; None: all of them.
+
+    >>> project_of("project-3"), project_of("shared")
+    ('3', None)
+    """
+    return None if line == SHARED else line.removeprefix("project-")
+
+
+def is_line(text: str) -> bool:
+    """Whether this may name a line; of what a line is named after nothing else reaches a path."""
+    return _LINE.fullmatch(text) is not None
+
+
 class AdapterRegistry:
     """The versions of all lines; any number of processes may read and write."""
 
@@ -250,7 +264,7 @@ class AdapterRegistry:
             was = self.active(line)
             if was is None:
                 raise Refusal(f"line {line} serves no version of its own, so there is nothing to go back from")
-            before = self._before(line)
+            before = self.before(line)
             now = None if before is None else self._servable(line, before)
             self._set_active(line, before, by=by, back=True)
         return was, now
@@ -260,18 +274,22 @@ class AdapterRegistry:
 
         What serves stays, in any case, as do the parents of what serves and the version to go back to.
         """
-        if keep < 0:
-            raise Refusal(f"{keep} versions cannot be kept; name 0 or more")
         folder = self._line_folder(line)
         with self._writing(line):
-            ids = self._ids(line)
-            needed = {self.active_id(line), self._before(line), *self._parents_of_active()}
-            removed = [name for name in ids[: max(0, len(ids) - keep)] if name not in needed]
+            removed = self.prunable(line, keep=keep)
             for name in removed:
                 gone = folder / f".gone-{name}"  # so that a version is there whole or not at all
                 (folder / name).rename(gone)
                 shutil.rmtree(gone)
         return removed
+
+    def prunable(self, line: str, *, keep: int) -> list[str]:
+        """Return what `prune` would remove now."""
+        if keep < 0:
+            raise Refusal(f"{keep} versions cannot be kept; name 0 or more")
+        ids = self._ids(line)
+        needed = {self.active_id(line), self.before(line), *self._parents_of_active()}
+        return [name for name in ids[: max(0, len(ids) - keep)] if name not in needed]
 
     def export(self, line: str, version: str, target: Path) -> Path:
         """Write a version as one zip archive, which appears whole or not at all.
@@ -399,7 +417,7 @@ class AdapterRegistry:
         return found
 
     def _set_active(self, line: str, version: str | None, *, by: str, back: bool = False) -> None:
-        """Write the change down, then replace ACTIVE: killed in between, ACTIVE is what is so (see `_before`)."""
+        """Write the change down, then replace ACTIVE: killed in between, ACTIVE is what is so (see `before`)."""
         folder = self._line_folder(line)
         entry = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "by": by, "version": version, "back": back}
         with contextlib.suppress(Refusal):  # what stands there now may be no id
@@ -440,8 +458,8 @@ class AdapterRegistry:
         _reach(served, self.active_id(line))
         return served
 
-    def _before(self, line: str) -> str | None:
-        """Return the version to go back to: the last one before the active one that is still there."""
+    def before(self, line: str) -> str | None:
+        """Return the version that `roll_back` goes to: the last one before the active one that is still there."""
         *before, active = self._served(line)
         there = {None, *self._ids(line)} - {active}
         return next((version for version in reversed(before) if version in there), None)

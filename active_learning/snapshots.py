@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 HOLD_OUT, TRAIN = "hold-out", "train"
 """Splits of a snapshot's photos, by the digest of the photo alone."""
 _LEAST_GRANULARITY = 0.01
+_FEWEST_LEVELS = 20
+_USUAL = 0.6
 
 
 def annotated(snapshot: Snapshot, images: ImageStore) -> AnnotationSet:
@@ -91,6 +93,27 @@ def _correction(values: dict[str, Any]) -> Correction:
             values[name]["counts"] = values[name]["counts"].encode("ascii")
     values["clicks"] = tuple(Click(**click) for click in values["clicks"])
     return Correction(**values)
+
+
+def usual_level(corrections: Sequence[Correction]) -> float | None:
+    """Return the level that most corrections have, in tenths: a click without a level may as well be taken for it.
+
+    Levels are those that `annotated` states. None where no level and its two neighbours hold `_USUAL` of them, or where
+    there are too few to say so.
+
+    Args:
+        corrections: of a project; of several on one photo all should be there.
+    """
+    of_image: dict[tuple[str, int, int], list[Correction]] = defaultdict(list)
+    for correction in corrections:
+        of_image[correction.image, correction.height, correction.width].append(correction)
+    levels = [round((mask.granularity or 0.0) * 10) for found in of_image.values() for mask in _masks(found, 1, 1)]
+    if len(levels) < _FEWEST_LEVELS:
+        return None
+    counts = np.bincount(np.clip(levels, 1, 10), minlength=12)
+    around = counts[:-2] + counts[1:-1] + counts[2:]  # of levels 1 .. 10, each with its neighbours
+    most = int(np.lexsort((counts[1:-1], around))[-1])
+    return (most + 1) / 10 if around[most] >= _USUAL * len(levels) else None
 
 
 def of_split(found: AnnotationSet, split: str) -> AnnotationSet:

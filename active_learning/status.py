@@ -43,6 +43,10 @@ class TrainingStatus:
     said: str = ""  # why it ended so
 
 
+SHORT = "memory-ran-out"
+"""File in a training's own folder, there until the next attempt has seen it."""
+
+
 class TrainingFolder:
     """DATA/trainings/<line>."""
 
@@ -71,9 +75,34 @@ class TrainingFolder:
                         self._request.unlink(missing_ok=True)
         finally:
             draft.unlink(missing_ok=True)
-        (self.folder / "cancel").unlink(missing_ok=True)
+        for left in (self.folder / "cancel", self._losses):
+            left.unlink(missing_ok=True)
         self._replace(self.folder / "status.json", made)
         return made
+
+    def note_loss(self, step: int, loss: float) -> None:
+        """Write down the mean loss up to a step of the training that runs."""
+        with self._losses.open("a") as file:
+            file.write(f"{json.dumps([step, loss])}\n")
+
+    def losses(self) -> list[tuple[int, float]]:
+        """Return step and loss of the training asked for last, in the order of the steps; what was done again, once."""
+        found: dict[int, float] = {}
+        try:
+            lines = self._losses.read_text().splitlines()
+        except OSError:
+            return []
+        for line in lines:
+            try:
+                step, loss = json.loads(line)
+                found[int(step)] = float(loss)
+            except (ValueError, TypeError):  # half a line
+                continue
+        return sorted(found.items())
+
+    @property
+    def _losses(self) -> Path:
+        return self.folder / "losses.jsonl"
 
     @property
     def _request(self) -> Path:
@@ -142,6 +171,12 @@ class TrainingFolder:
         """Return the folder of a training's own files."""
         return self.folder / status.id
 
+    def note_memory(self, status: TrainingStatus) -> None:
+        """Write down that memory ran out: the next attempt is to take smaller steps."""
+        folder = self.work(status)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SHORT).touch()
+
     @property
     def locked(self) -> bool:
         """Whether a process works on this line now."""
@@ -158,8 +193,12 @@ class TrainingFolder:
 
     def _replace(self, path: Path, status: TrainingStatus) -> None:
         draft = path.with_name(f".{path.name}.{os.getpid()}")
-        _write(draft, status)
-        draft.replace(path)
+        try:
+            _write(draft, status)
+            draft.replace(path)
+        except OSError:  # what is left of it would take room on a full disk
+            draft.unlink(missing_ok=True)
+            raise
 
 
 def _write(path: Path, status: TrainingStatus) -> None:

@@ -13,14 +13,9 @@ the previous mask fed back, and the normalised focal loss.
 from __future__ import annotations
 
 import copy
-import json
-import logging
 import math
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +23,10 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from active_learning.dataset import EmbeddingFiles, Lesson, Sampler, targets
+from active_learning.training_run import Course, Figures, Progress, TrainingRun, seeded
 from model.adapter import attach, switch_on
 from model.light.adapter import LEVEL, PHRASE
 from model.light.ladder import LEVELS, LOGITS_PER_CELL, LadderDecoder, fill_square
@@ -48,9 +42,7 @@ from model.light.network import (
 )
 from model.losses import normalised_focal, shrinkage, soft_iou
 from model.robot import next_click, sample_click
-from model.types import Click, Mask, Refusal
-
-log = logging.getLogger(__name__)
+from model.types import Click, Mask
 
 _ON_TOKENS = (
     ".mlp."  # of the transformer, what works on the few tokens alone: cheap to train, and it decides what is asked
@@ -59,49 +51,18 @@ Indices = npt.NDArray[np.int64]
 _LOGIT_PIXELS = SIDE // (GRID * LOGITS_PER_CELL)  # of the square, along one side of a logit
 
 
-class BadCheckpoint(Refusal):
-    """A checkpoint is damaged, or of another training."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Course):
     """How one branch is trained; every value is part of the recipe."""
 
     branch: str = LEVEL
-    steps: int = 2000
-    clicks: int = 6  # first clicks on the photo of a step
     further: float = 0.4  # share of steps that count the answer to a later click than the first
     most_clicks: int = 8  # of one prompt; the later a click, the less often it is the one that counts
-    central: float = 0.5  # share of clicks at the middle of their mask or error; the others lie anywhere in it
     boxed: float = 0.1  # share of lessons that begin with boxes instead of clicks
-    rank: int = 8
-    alpha: int = 16
-    learning_rate: float = 1e-3  # of LoRA and tokens
-    head_learning_rate: float = 3e-4  # of what the base has already: heads, upscaling
-    weight_decay: float = 1e-4
-    warmup: int = 100  # steps
-    clip: float = 1.0  # largest norm of a step's gradient
     focal: float = 1.0  # weights of the losses
     overlap: float = 1.0
     growth: float = 0.5
     score: float = 0.5
-    average: float = 0.998  # of the moving average of the weights, which is what is kept
-    level_power: float = 0.5
-    kind_weights: dict[str, float] = field(default_factory=lambda: {"object": 1.0, "part": 1.0, "subpart": 0.5})
-    precision: str = "bf16"  # or no: fp32
-    device: str = "auto"  # or cpu
-    seed: int = 0
-    checkpoint_every: int = 200  # steps
-    log_every: int = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a training stands, for a progress bar."""
-
-    step: int
-    steps: int
-    figures: dict[str, float]  # means since the last one
 
 
 def trainable_names(network: LadderDecoder, branch: str) -> list[str]:
@@ -115,14 +76,6 @@ def trainable_names(network: LadderDecoder, branch: str) -> list[str]:
         for name, _ in network.named_parameters()
         if not name.startswith(frozen) and "lora_" not in name and (_ON_TOKENS in name or "transformer." not in name)
     ]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Have torch draw first weights by `seed` for a while, and go on afterwards as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def prepare(network: LadderDecoder, config: TrainingConfig) -> None:
@@ -169,15 +122,14 @@ def fine_tune(
         BadCheckpoint: the checkpoint is damaged, or belongs to another recipe.
     """
     accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
-    run = _Run(config, network, accelerator, recipe)
+    run = TrainingRun(config, network, accelerator, recipe, slow=_is_pretrained)
     start = run.resume(folder / "checkpoint.pt")
     prompts = copy.deepcopy(prompts).to(accelerator.device)  # the segmenter's own may be in use elsewhere
     position = prompts.grid_position()
     branches = [LEVEL] if config.branch == LEVEL else [LEVEL, PHRASE]
     switch_on(network.transformer, branches)
-    board = SummaryWriter(str(folder), purge_step=start) if accelerator.is_main_process else None
-    sums: dict[str, list[float]] = defaultdict(list)
-    began = time.monotonic()
+    main = accelerator.is_main_process
+    figures = Figures(config, folder, start=start, name=config.branch, writes=main)
     for step in range(start, config.steps):
         before_step()
         lesson = sampler.draw(run.rng, config.clicks)
@@ -187,129 +139,23 @@ def fine_tune(
             assert phrases is not None
             named = phrases([lesson.photo.names[i] for i in lesson.primaries]).to(accelerator.device)
         with accelerator.autocast():
-            loss, figures = _teach(config, run.model, prompts, position, embedding, lesson, run.rng, named)
+            loss, seen = _teach(config, run.model, prompts, position, embedding, lesson, run.rng, named)
         accelerator.backward(loss)
-        figures["gradient"] = run.update(step)
-        for name, value in figures.items():
-            sums[name].append(value)
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            means = {name: float(np.mean(values)) for name, values in sums.items()}
-            means["clicks a second"] = (step + 1 - start) * config.clicks / (time.monotonic() - began)
-            sums.clear()
-            if board is not None:
-                for name, value in means.items():
-                    board.add_scalar(f"{config.branch}/{name}", value, step + 1)
-                report(Progress(step + 1, config.steps, means))
+        seen["gradient"] = run.update(step)
+        if (progress := figures.add(step, config.clicks, seen)) is not None:
+            report(progress)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             run.save(folder / "checkpoint.pt", step + 1)
-            if board is not None:
+            if main:
                 with run.averaged():
                     each_checkpoint(step + 1)
-    if board is not None:
-        board.close()
+    figures.close()
     run.keep_average()
 
 
 def _is_pretrained(name: str) -> bool:
     """Whether a parameter begins as the base has it, rather than at nothing."""
     return "lora_" not in name and name.startswith(("heads.", "output_upscaling.", "transformer."))
-
-
-class _Run:
-    """What changes while a training runs: weights, their average, the optimiser, and the source of randomness."""
-
-    def __init__(self, config: TrainingConfig, network: LadderDecoder, accelerator: Accelerator, recipe: str) -> None:
-        self.config = config
-        self.recipe = json.dumps([recipe, asdict(config)], sort_keys=True)
-        self.accelerator = accelerator
-        self.rng = np.random.default_rng([config.seed, accelerator.process_index])
-        self.named = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        slow = [p for n, p in self.named.items() if _is_pretrained(n)]
-        fast = [p for n, p in self.named.items() if not _is_pretrained(n)]
-        groups = [{"params": fast, "peak": config.learning_rate}, {"params": slow, "peak": config.head_learning_rate}]
-        network.to(accelerator.device)
-        optimiser = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=config.weight_decay)
-        self.model, self.optimiser = accelerator.prepare(network, optimiser)
-        self.average = {name: p.detach().clone() for name, p in self.named.items()}
-
-    def update(self, step: int) -> float:
-        """Take one step of the optimiser and of the average; return the gradient's norm."""
-        warm = min(1.0, (step + 1) / max(1, self.config.warmup))
-        rest = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / self.config.steps))
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["peak"] * warm * rest
-        norm = self.accelerator.clip_grad_norm_(list(self.named.values()), self.config.clip)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        keep = min(self.config.average, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for name, parameter in self.named.items():
-                self.average[name].lerp_(parameter.detach(), 1 - keep)
-        return float(norm)
-
-    def save(self, path: Path, step: int) -> None:
-        """Write everything a later run needs to go on exactly; the file appears whole or not at all."""
-        states = gather_object([json.dumps(self.rng.bit_generator.state)])  # of each process
-        if not self.accelerator.is_main_process:
-            return
-        content = {
-            "step": step,
-            "recipe": self.recipe,
-            "rng": states,
-            "torch_rng": torch.get_rng_state(),
-            "weights": {name: p.detach().cpu() for name, p in self.named.items()},
-            "average": {name: value.cpu() for name, value in self.average.items()},
-            "optimiser": self.optimiser.state_dict(),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.draft")
-        torch.save(content, draft)
-        draft.replace(path)
-
-    def resume(self, path: Path) -> int:
-        """Take over a checkpoint, if there is one; return the number of steps done."""
-        if not path.is_file():
-            return 0
-        try:
-            content = torch.load(path, weights_only=True, map_location=self.accelerator.device)
-            recipe = content["recipe"]
-        except Exception as error:  # whatever torch's parser stumbles over
-            said = str(error).partition("\n")[0]
-            raise BadCheckpoint(f"checkpoint {path} cannot be read ({said}); delete it to begin anew") from error
-        if recipe != self.recipe:
-            raise BadCheckpoint(f"{path} belongs to another recipe; name another output folder, or delete it")
-        if len(content["rng"]) != self.accelerator.num_processes:
-            raise BadCheckpoint(
-                f"{path} was written by {len(content['rng'])} processes; go on with as many, or delete it"
-            )
-        with torch.no_grad():
-            for name, parameter in self.named.items():
-                parameter.copy_(content["weights"][name])
-                self.average[name].copy_(content["average"][name])
-        self.optimiser.load_state_dict(content["optimiser"])
-        self.rng.bit_generator.state = json.loads(content["rng"][self.accelerator.process_index])
-        torch.set_rng_state(content["torch_rng"].cpu())
-        log.info("going on from step %d of %s", content["step"], path)
-        return int(content["step"])
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Have the averaged weights in the network for a while."""
-        kept = {name: p.detach().clone() for name, p in self.named.items()}
-        self.keep_average()
-        try:
-            yield
-        finally:
-            self._set(kept)
-
-    def keep_average(self) -> None:
-        """Leave the averaged weights in the network."""
-        self._set(self.average)
-
-    @torch.no_grad()
-    def _set(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.named.items():
-            parameter.copy_(values[name])
 
 
 def _teach(

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from ml_backend import adapters_command, corrections_command, logs, training_command
+from ml_backend import adapters_command, corrections_command, logs, training_command, weights_command
 from ml_backend.fetch import make_fetcher
 from ml_backend.label_config import check_config, make_config
 from ml_backend.settings import Settings
@@ -22,7 +22,16 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.add_typer(training_command.app, name="train")
 app.add_typer(adapters_command.app, name="adapters")
 app.add_typer(corrections_command.app, name="corrections")
+app.add_typer(weights_command.app, name="weights")
 log = logging.getLogger(__name__)
+
+
+class Order(StrEnum):
+    """In which order a simulated team takes photos."""
+
+    random = "random"
+    active = "active"
+    both = "both"
 
 
 class Output(StrEnum):
@@ -34,6 +43,14 @@ class Output(StrEnum):
     rectangle = "rectangle"
 
 
+class ProcessName(StrEnum):
+    """Processes that `run` starts, besides Redis."""
+
+    web = "web"
+    worker = "worker"
+    trainer = "trainer"
+
+
 def read_settings() -> Settings:
     """Return the settings, or end with one line for each variable that is wrong."""
     try:
@@ -43,12 +60,14 @@ def read_settings() -> Settings:
         for problem in error.errors():
             name = "_".join(str(part) for part in problem["loc"]).upper()
             name = name if name.startswith("LABEL_STUDIO") else f"GRACO_{name}"
-            given = "" if name.endswith(("_URL", "_KEY")) else f" (it is {problem['input']!r})"  # may hold a password
+            private = name.endswith(("_URL", "_KEY", "PASSWORD", "_SECRET"))
+            given = "" if private else f" (it is {problem['input']!r})"
             typer.secho(f"{name}: {problem['msg']}{given}", fg="red", err=True)
         raise typer.Exit(2) from error
     except Refusal as refusal:
         typer.secho(str(refusal), fg="red", err=True)
         raise typer.Exit(2) from refusal
+    logs.hide(settings.secrets())
     logs.configure(settings.log_level, as_json=settings.log_json)
     return settings
 
@@ -65,15 +84,26 @@ def corrections(context: typer.Context) -> None:
     context.obj = read_settings()
 
 
+@weights_command.app.callback()
+def weights(context: typer.Context) -> None:
+    """Take in published checkpoints for the graco family, look at them, write them back."""
+    context.obj = read_settings()
+
+
 @app.command()
 def run() -> None:
     """Start everything this machine needs: Redis, workers and the web server."""
+    from ml_backend.credentials import open_secrets
     from ml_backend.supervisor import run as supervise
 
     settings = read_settings()
     log.info("starting on http://%s:%d, data under %s", settings.host, settings.port, settings.data_dir.resolve())
     try:
+        open_secrets(settings)
         raise typer.Exit(supervise(settings))
+    except Refusal as refusal:
+        typer.secho(str(refusal), fg="red", err=True)
+        raise typer.Exit(1) from refusal
     except OSError as error:
         log.error("%s: choose another GRACO_DATA_DIR, or mend its permissions", error)
         raise typer.Exit(1) from error
@@ -138,18 +168,12 @@ def reconcile(
 @app.command()
 def prepare() -> None:
     """Compile the image encoder for this machine, and see that all weights load, so that the first start is quick."""
-    from ml_backend.service import FAMILY, WEIGHTS, adapter_file
-    from model.segmenter import load_segmenter
+    from ml_backend.families import adapter_file, load_model
 
     settings = read_settings()
     try:
         with Console(stderr=True).status("compiling the image encoder for this machine"):
-            segmenter = load_segmenter(
-                *(FAMILY, WEIGHTS),
-                adapter=adapter_file(settings),
-                device=settings.device,
-                compiled=settings.cache_dir,
-            )
+            segmenter = load_model(settings, adapter=adapter_file(settings))
     except Refusal as refusal:
         typer.secho(str(refusal), fg="red", err=True)
         raise typer.Exit(1) from refusal
@@ -196,6 +220,65 @@ def doctor() -> None:
     raise typer.Exit(0 if show(examine(read_settings())) else 1)
 
 
+@app.command()
+def start(
+    name: Annotated[ProcessName, typer.Argument(help="the process to become")],
+) -> None:
+    """Become one of the processes that `run` starts, with its environment: for containers, which have one each."""
+    from ml_backend.supervisor import become
+
+    become(read_settings(), name.value)
+
+
+@app.command()
+def health(
+    ready: Annotated[bool, typer.Option("--ready", help="also the model, Redis and a corrections worker")] = False,
+    of_worker: Annotated[bool, typer.Option("--worker", help="of this machine's corrections worker instead")] = False,
+) -> None:
+    """Ask the web process on this machine whether it is alive, or ready; ends with status 1 if it is not."""
+    from ml_backend.health_command import ask_health, ask_worker
+
+    settings = read_settings()
+    reasons = ask_worker(settings) if of_worker else ask_health(settings, ready=ready)
+    for reason in reasons:
+        typer.secho(reason, fg="red", err=True)
+    raise typer.Exit(1 if reasons else 0)
+
+
+@app.command("connect")
+def connect_command(
+    project: Annotated[int | None, typer.Option(help="its id in Label Studio")] = None,
+    create: Annotated[str | None, typer.Option(help="title of the project to make, or to use if there is one")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="this backend's address as Label Studio reaches it; unset: on this machine")
+    ] = None,
+    label_config: Annotated[Path | None, typer.Option(help="file of the labelling configuration to set")] = None,
+    classes: Annotated[str | None, typer.Option(help="or class labels to make one for: Car,Wheel")] = None,
+    output: Annotated[Output, typer.Option(help="with --classes: kind of region a mask is answered as")] = Output.brush,
+    force: Annotated[
+        bool, typer.Option("--force", help="replace a labelling configuration that annotations were made with")
+    ] = False,
+) -> None:
+    """Connect this backend to a project: password, labels, a webhook that is let in; twice changes nothing."""
+    from ml_backend.connect import Wish, connect, default_url
+
+    if (project is None) == (create is None):
+        raise typer.BadParameter("name the project: --project ID, or --create TITLE")
+    if label_config is not None and classes is not None:
+        raise typer.BadParameter("give --label-config or --classes, not both")
+    settings = read_settings()
+    try:
+        config = label_config.read_text() if label_config is not None else None
+        if classes is not None:
+            config = make_config([name.strip() for name in classes.split(",")], output=output.value)
+        wish = Wish(url=url or default_url(settings), project=project, create=create, label_config=config, force=force)
+        for line in connect(settings, wish):
+            print(line)
+    except (Refusal, OSError, UnicodeDecodeError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
 @app.command("next-tasks")
 def next_tasks(
     project: Annotated[int, typer.Option(help="its id in Label Studio")],
@@ -232,6 +315,9 @@ def simulate_command(
     budget: Annotated[int, typer.Option(min=1, max=100, help="clicks on one object at most, when measured")] = 20,
     limit: Annotated[int, typer.Option(min=1, help="objects measured of hold-out and reference set")] = 40,
     seed: Annotated[int, typer.Option(help="of the order of the photos")] = 0,
+    order: Annotated[Order, typer.Option(help="in which photos come; both: one team each, and what that saves")] = (
+        Order.random
+    ),
     keep: Annotated[Path | None, typer.Option(help="empty folder for the backend's data; unset: none is kept")] = None,
 ) -> None:
     """Simulate a team that annotates photos and trains, and report the clicks an object takes before and after."""
@@ -242,7 +328,17 @@ def simulate_command(
 
     console = Console(stderr=True)
     try:
-        plan = Plan(rounds=tuple(int(text) for text in rounds.split(",")), budget=budget, limit=limit, seed=seed)
+        plan = Plan(
+            rounds=tuple(int(text) for text in rounds.split(",")),
+            budget=budget,
+            limit=limit,
+            seed=seed,
+            orders=("random", "active")
+            if order == Order.both
+            else ("active",)
+            if order == Order.active
+            else ("random",),
+        )
         found = read_annotations(data)
         with tempfile.TemporaryDirectory() as spare:
             done = simulate(found, plan, keep or Path(spare), say=lambda text: console.print(escape(text)))
@@ -252,6 +348,11 @@ def simulate_command(
         raise typer.Exit(1) from error
     for name in ("noc85_before", "noc85_after", "noc90_reference_before", "noc90_reference_after"):
         print(f"{name}: {figures[name]:.2f}")
+    if (needed := figures["active_against_random"]) is not None:
+        print(
+            f"NoC@85 {needed['noc85']:.2f} takes {needed['random']:.0f} corrections in random order and "
+            f"{needed['active']:.0f} in active order: {needed['ratio']:.2f} x"
+        )
 
 
 if __name__ == "__main__":

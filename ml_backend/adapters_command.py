@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ml_backend.settings import Settings
+from ml_backend.version_facts import VERDICTS, made_at, numbers_in, shown, side_by_side, why_rejected
 from model.types import Refusal
 
 if TYPE_CHECKING:  # torch is loaded by the command that runs, not by each
@@ -61,13 +61,9 @@ def compare(context: typer.Context, line: Line, first: Version, second: Version)
     """Print the scores of two versions of a line side by side, with what each was made of."""
     with _refusing(context) as registry:
         versions = [_find(registry, line, version) for version in (first, second)]
-        told = [_told(version) for version in versions]
         table = Table("", *(escape(version.id) for version in versions), "difference")
-        for name in dict.fromkeys([*told[0], *told[1]]):
-            values = [one.get(name) for one in told]
-            numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-            difference = f"{numbers[1] - numbers[0]:+.3f}" if len(numbers) == 2 and name != "seed" else ""
-            table.add_row(*(escape(text) for text in (name, *map(_text, values), difference)))
+        for row in side_by_side(*versions):
+            table.add_row(*map(escape, row))
         Console().print(table)
 
 
@@ -87,7 +83,7 @@ def activate(
             return
         found = _find(registry, line, version)
         if found.accepted is False and not force:
-            raise Refusal(f"{name} {found.id} was rejected: {found.note or 'no reason is kept'}; to serve it: --force")
+            raise Refusal(f"{why_rejected(found)}; to serve it: --force")
         before = registry.active_id(name)
         registry.activate(name, found.id)
         print(f"{name}: {before or 'none of its own'} -> {found.id}")
@@ -172,33 +168,8 @@ def _find(registry: AdapterRegistry, line: str, version: str) -> AdapterVersion:
 
 
 def _cells(version: AdapterVersion) -> tuple[str, ...]:
-    scores = (f"{name} {_text(value)}" for name, value in _flat(version.scores))
+    scores = (f"{name} {shown(value)}" for name, value in numbers_in(version.scores))
     return (
-        *(version.line, version.id, _time(version), {True: "yes", False: "no", None: "not judged"}[version.accepted]),
+        *(version.line, version.id, made_at(version), VERDICTS[version.accepted]),
         *(version.parent or "configured", ", ".join(list(scores)[:4]), version.note[:120]),
     )
-
-
-def _told(version: AdapterVersion) -> dict[str, object]:
-    known: dict[str, object] = {
-        **{"made, UTC": _time(version), "parent": version.parent, "base": version.base[:12]},
-        **{"snapshot": version.snapshot, "seed": version.seed, "accepted": version.accepted, "note": version.note},
-    }
-    return dict(_flat(version.scores)) | known
-
-
-def _flat(scores: dict[str, Any], before: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the numbers of nested scores by path: reference noc90; curves are left out."""
-    for name, value in scores.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{before}{name} ")
-        elif not isinstance(value, list):
-            yield f"{before}{name}", value
-
-
-def _text(value: object) -> str:
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _time(version: AdapterVersion) -> str:
-    return datetime.fromtimestamp(version.created_s, UTC).strftime("%Y-%m-%d %H:%M:%S")

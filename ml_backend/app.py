@@ -7,30 +7,38 @@ and a sentence, since Label Studio shows an annotator nothing of errors; one we 
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
 from flask import Flask, Response, g, request
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from ml_backend import logs, metrics
+from ml_backend import auth, logs, metrics, openapi
+from ml_backend.admin import make_admin
 from ml_backend.label_config import read_config
 from ml_backend.label_studio import empty_answer
+from ml_backend.limits import check_size
 from ml_backend.predictions import predict_tasks
-from ml_backend.service import BoundedCache, Service
+from ml_backend.readiness import why_no_clicks, why_no_corrections
+from ml_backend.schemas import Schemas
+from ml_backend.service import Service, timed
+from ml_backend.state import read_state
 from ml_backend.webhooks import EventBody, handle_event, start_training
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
+access_log = logging.getLogger("ml_backend.access")
 
 _BLANKS = b" \r\n\t"
 _BUSY_S = 0.5  # a click waits so long for a place
 _CHUNK = 2**20  # bytes
-_SCHEMAS_BYTES = 16 * 2**20  # configurations kept from /setup
+_OFTEN = ("/health", "/metrics")  # asked for by machines, several times a minute
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_CAUSES = {401: "credentials", 403: "credentials", 413: "too_large", 429: "rate"}
 _Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
@@ -40,7 +48,7 @@ class TaskBody(msgspec.Struct):
     id: _Id | None = None
     project: _Id | None = None
     data: dict[str, Any] = {}
-    drafts: msgspec.Raw = msgspec.Raw(b"[]")
+    drafts: msgspec.Raw = msgspec.field(default_factory=partial(msgspec.Raw, b"[]"))
 
 
 class ParamsBody(msgspec.Struct):
@@ -63,6 +71,12 @@ class SetupBody(msgspec.Struct):
 
     project: str | _Id | None = None
     schema: str | None = None
+
+
+class TrainBody(msgspec.Struct):
+    """POST /train."""
+
+    project: Any = None
 
 
 class _DraftResult(msgspec.Struct):
@@ -121,22 +135,35 @@ def without_masks(body: bytes) -> bytes:
 
 def create_app(service: Service) -> Flask:
     """Return the WSGI app over `service`; the caller starts and closes the service."""
-    app = Flask("graco")
+    app = Flask("graco", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = service.settings.request_max_mb * 2**20
     busy_at = service.settings.threads * 3 // 4
     places = threading.BoundedSemaphore(busy_at)
-    schemas: BoundedCache[str] = BoundedCache(_SCHEMAS_BYTES)  # by project, for servers that send none with /predict
+    schemas = Schemas(service.settings.data_dir / "schemas")  # for servers that send none with /predict
+    state = metrics.StateCollector(lambda: read_state(service))
 
     @app.before_request
     def begin() -> None:
         g.start = time.perf_counter()
-        logs.request_id.set(secrets.token_hex(4))
+        logs.request_id.set(logs.adopt(request.headers.get("X-Request-Id")))
 
     @app.after_request
     def finish(response: Response) -> Response:
-        route = request.url_rule.rule if request.url_rule else "unknown"
-        metrics.REQUESTS.labels(route, str(response.status_code)).inc()
-        metrics.LATENCY.labels(route).observe(time.perf_counter() - g.get("start", time.perf_counter()))
+        took_s = time.perf_counter() - g.get("start", time.perf_counter())
+        route, status = _route(), response.status_code
+        method = request.method if request.method in _METHODS else "OTHER"
+        metrics.REQUESTS.labels(route, str(status)).inc()
+        metrics.LATENCY.labels(route).observe(took_s)
+        if status in _CAUSES:
+            metrics.REFUSALS.labels(_CAUSES[status]).inc()
+        if status == 429:
+            metrics.RATE_LIMITED.labels(route).inc()
+        access_log.log(
+            logging.DEBUG if route in _OFTEN and status < 400 else logging.INFO,
+            "%s %s: %d in %.0f ms",
+            *(method, route, status, took_s * 1000),
+            extra={"fields": {"method": method, "route": route, "status": status, "ms": round(took_s * 1000, 1)}},
+        )
         response.headers["X-Request-Id"] = logs.request_id.get()
         return response
 
@@ -154,14 +181,20 @@ def create_app(service: Service) -> Flask:
         state = "UP" if service.failure is None else "FAILED"
         body = {"status": state, "model_version": service.version(None), "model_loaded": service.ready}
         body |= {"error": service.failure} if service.failure else {}
-        return _json(body | ({"warning": " | ".join(service.warnings)} if service.warnings else {}))
+        body |= {"warning": " | ".join(service.warnings)} if service.warnings else {}
+        if (asked := request.args.get("ready")) is None:
+            return _json(body)
+        reasons = why_no_clicks(service)  # ?ready=model ends here: for balancers, since clicks need nothing else
+        if asked != "model":
+            reasons += why_no_corrections(service.settings.redis_url)
+        return _json(body | {"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
     @app.post("/setup")
     def setup() -> Response:
         body = _read(SetupBody)
         service.start()
         if body.schema and body.project is not None:
-            schemas.put(str(body.project), body.schema, len(body.schema))
+            schemas.keep(str(body.project), body.schema)
             try:
                 read_config(body.schema)
             except Refusal as refusal:
@@ -170,15 +203,17 @@ def create_app(service: Service) -> Flask:
 
     @app.post("/predict")
     def predict() -> Response:
-        body = _decode(without_masks(_body()), PredictBody)
+        with timed("read"):
+            body = _decode(without_masks(_body()), PredictBody)
         if not body.tasks:
             raise Refusal("the request names no task: send at least one in 'tasks'")
+        context = body.params.context if body.params else None
+        check_size(len(body.tasks), context, service.settings)
         project = None if body.project is None else str(body.project)
-        config_text = body.label_config or schemas.get(project or "")
+        config_text = body.label_config or schemas.find(project or "")
         if not config_text:
             raise Refusal("the request has no label_config and no /setup came before it for this project")
         config = read_config(config_text)
-        context = body.params.context if body.params else None
         tasks = [
             {"id": task.id, "project": task.project, "data": task.data}
             | ({"drafts": read_numbers(task.drafts)} if config.task_numbers and context is not None else {})
@@ -186,6 +221,7 @@ def create_app(service: Service) -> Flask:
         ]
         if not places.acquire(timeout=_BUSY_S):  # Label Studio gives /health and webhooks one second
             log.warning("busy: %d predictions are being made, one more is refused", busy_at)
+            metrics.REFUSALS.labels("busy").inc()
             reason = "the backend is busy with other predictions; click again"
             return _json({"results": [empty_answer(service.version(project), reason) for _ in tasks]})
         if context is not None:
@@ -202,7 +238,7 @@ def create_app(service: Service) -> Flask:
 
     @app.post("/train")
     def train() -> Response:  # servers before 1.8 post here instead of sending START_TRAINING
-        return _json(start_training(service, _decode(_body(), dict[str, Any]).get("project")), 201)
+        return _json(start_training(service, _read(TrainBody).project), 201)
 
     @app.get("/versions")
     def versions() -> Response:
@@ -212,35 +248,44 @@ def create_app(service: Service) -> Flask:
 
     @app.get("/metrics")
     def expose() -> Response:
-        for kind, count in service.inbox.regions().items():
-            metrics.REGIONS.labels(kind).set(count)
-        for state, count in service.inbox.counts().items():
-            metrics.EVENTS.labels(state).set(count)
-        return Response(generate_latest(), content_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.exposition(state), content_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/openapi.json")
+    def describe() -> Response:
+        bodies = {"/predict": PredictBody, "/setup": SetupBody, "/webhook": EventBody, "/train": TrainBody}
+        return _json(openapi.describe(app.url_map, app.view_functions, bodies))
 
     @app.errorhandler(Refusal)
     def refuse(refusal: Refusal) -> Response:
-        log.warning("%s refused: %s", request.path, refusal)
+        metrics.REFUSALS.labels(metrics.cause_of(refusal)).inc()
+        log.warning("%s refused: %s", _route(), refusal)
         return _json({"error": str(refusal)}, 422)
 
     @app.errorhandler(RequestEntityTooLarge)
     def too_large(_: RequestEntityTooLarge) -> Response:
         limit = service.settings.request_max_mb
         sentence = f"the request is larger than {limit} MB; raise GRACO_REQUEST_MAX_MB to allow it"
-        log.warning("%s refused: %s", request.path, sentence)
+        log.warning("%s refused: %s", _route(), sentence)
         return _json({"error": sentence}, 413)
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
-        log.warning("%s %s: %s", request.method, request.path, error.name)
+        log.warning("%s: %s", _route(), error.name)
         return _json({"error": f"{error.name}: {error.description}"}, error.code or 500)
 
     @app.errorhandler(Exception)
     def broken(error: Exception) -> Response:
-        log.error("%s failed with an error of our own", request.path, exc_info=error)
+        log.error("%s failed with an error of our own", _route(), exc_info=error)
         return _json({"error": f"internal error {logs.request_id.get()}; the log has the details under this id"}, 500)
 
+    app.register_blueprint(make_admin(service))
+    auth.install(app, service)
     return app
+
+
+def _route() -> str:
+    """Return the rule that a request fell under; its path may hold anything."""
+    return request.url_rule.rule if request.url_rule else "unknown"
 
 
 def _json(body: object, status: int = 200) -> Response:

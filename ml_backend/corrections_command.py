@@ -22,6 +22,7 @@ from model.types import Refusal
 app = typer.Typer(no_args_is_help=True, help="Look at what annotators corrected, and take it elsewhere.")
 
 _WIDE = 200  # columns, where the output is no terminal
+_LOOKED_AT = 500  # corrections whose level is found out, the newest
 
 Project = Annotated[int | None, typer.Option(help="its id in Label Studio; unset: all")]
 Since = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="last changed on this UTC day or later")]
@@ -100,12 +101,14 @@ def export(
 
 @app.command()
 def counts(context: typer.Context, project: Project = None) -> None:
-    """Count corrections by kind, annotator and day, and the events that wait or failed."""
+    """Count corrections by kind, annotator and day, and the events that wait or failed; say what they suggest."""
     from ml_backend.inbox import Inbox
 
     settings: Settings = context.obj
     with _store(context) as store:
-        found = store.counts(None if project is None else str(project))
+        name = None if project is None else str(project)
+        found, strays = store.counts(name), store.strays(name)
+        advice = None if settings.default_granularity is not None else _advice(store, name)
     with closing(Inbox(settings.data_dir / "inbox.sqlite")) as inbox:
         events, failures = inbox.counts(), inbox.failures()
     print(f"{found.corrections} corrections in {found.annotations} annotations on {found.images} images")
@@ -115,6 +118,30 @@ def counts(context: typer.Context, project: Project = None) -> None:
     print(f"events: {events['undone']} wait, {events['failed']} failed, {events['done']} done in the last week")
     for key, action, error in failures[:10]:
         print(f"  {key} {action}: {error}")
+    for owner, classes in strays.items():
+        listed = ", ".join(f"{label} {count}" for label, count in classes.items())
+        typer.secho(
+            f"project {owner} has no such class any more: {listed}. These corrections keep it, and are learned from as "
+            "before: masks are, classes are not",
+            fg="yellow",
+            err=True,
+        )
+    if advice is not None:
+        print(advice)
+
+
+def _advice(store: CorrectionStore, project: str | None) -> str | None:
+    """Return what the levels of the newest corrections suggest for clicks without one, or None."""
+    from active_learning.snapshots import usual_level
+
+    level = usual_level(store.corrections(project, limit=_LOOKED_AT))
+    if level is None:
+        return None
+    said = "whole objects" if level == 1 else f"parts of level about {level:g}"
+    return (
+        f"most corrections are {said}: set GRACO_DEFAULT_GRANULARITY={level:g}, and clicks without a level are "
+        "answered by what was learned from them (docs/learning.md)"
+    )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 import warnings
-from base64 import urlsafe_b64decode
+from base64 import b64encode, urlsafe_b64decode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -34,24 +34,19 @@ from rq import Queue, Worker
 from rq.serializers import JSONSerializer
 
 from active_learning.registry import SHARED
+from ml_backend.connect import SSRF as _SSRF
+from ml_backend.credentials import SECRET_HEADER, known_secrets, secrets_file
+from ml_backend.families import LIGHT, adapter_file, base_of, clip_folder, configured_version, load_model
 from ml_backend.fetch import Answer, Fetcher, read_answer
 from ml_backend.images import decode_image
 from ml_backend.jobs import ENCODE, connect
 from ml_backend.label_config import check_config, read_config
 from ml_backend.label_studio import read_batch
-from ml_backend.service import (
-    ADAPTER,
-    FAMILY,
-    WEIGHTS,
-    adapter_file,
-    configured_version,
-    open_registry,
-    serving_version,
-)
+from ml_backend.service import open_registry, serving_version
 from ml_backend.serving import lines_of
 from ml_backend.settings import Settings
 from ml_backend.supervisor import redis_server, redis_socket
-from model.segmenter import digest_of, load_segmenter, read_weights
+from model.segmenter import BUNDLED_ADAPTER, Segmenter
 from model.text import load_phrase_encoder
 from model.types import Refusal
 
@@ -65,10 +60,6 @@ _PROJECTS_LIMIT_S = 60.0
 _IMAGE_LIMIT_S = 10.0
 _OLD_JOB_S = 600.0
 _CLOCK_OFF_S = 60.0
-_SSRF = (
-    "start Label Studio with LABEL_STUDIO_ML_BLOCK_LOCAL_IP=false and LABEL_STUDIO_SSRF_PROTECTION_ENABLED=false "
-    "(both: from 1.23 on it refuses private and container addresses)"
-)
 _NEW_TOKEN = "copy one from Account & Settings > Personal Access Token into LABEL_STUDIO_API_KEY"
 
 
@@ -116,6 +107,7 @@ class _Webhook(msgspec.Struct):
     send_payload: bool = True
     send_for_all_actions: bool = True
     actions: list[str] = []
+    headers: dict[str, str] = {}
 
 
 class _Tasks(msgspec.Struct):
@@ -129,17 +121,23 @@ class _Health(msgspec.Struct):
     warning: str | None = None
 
 
-def examine(settings: Settings) -> list[Check]:
-    """Look at everything, from this machine to the newest task's image, and return what was seen."""
+def examine(settings: Settings, *, quickly: bool = False) -> list[Check]:
+    """Look at everything, from this machine to the newest task's image, and return what was seen.
+
+    Args:
+        settings: of the backend.
+        quickly: leave out what loads the model, for a process that has loaded it already.
+    """
+    loading = (
+        *(("weights", _weights), ("phrases", _phrases), ("adapter", _adapter), ("adapter versions", _versions)),
+        ("encoder", _encoder),
+    )
     checks = [
         *_guarded("settings", _settings, settings),
         *_guarded("data directory", _data_dir, settings),
-        *_guarded("weights", _weights, settings),
-        *_guarded("phrases", _phrases, settings),
-        *_guarded("adapter", _adapter, settings),
-        *_guarded("adapter versions", _versions, settings),
-        *_guarded("encoder", _encoder, settings),
+        *(check for name, look in (() if quickly else loading) for check in _guarded(name, look, settings)),
         *_guarded("Redis", _redis, settings),
+        *_guarded("auth", _auth, settings),
         *_guarded("this backend", _backend, settings),
         *_guarded("its address", _address, settings),
     ]
@@ -195,6 +193,9 @@ def _secrets(settings: Settings) -> Iterator[str | None]:
     for url in (settings.redis_url, settings.label_studio_url):
         with contextlib.suppress(ValueError):
             yield urlsplit(url or "").password
+    with contextlib.suppress(Refusal):
+        known = known_secrets(settings)
+        yield from (known.password, known.webhook_secret, known.admin_password, known.session_secret)
 
 
 def _clean(text: str, secrets: list[str]) -> str:
@@ -239,40 +240,68 @@ def _data_dir(settings: Settings) -> Iterator[Check]:
         yield Check("data directory", "ok", seen)
 
 
-def _weights(_: Settings) -> Iterator[Check]:
-    restore = f"git checkout -- model/weights/{WEIGHTS.name} model/weights/{WEIGHTS.stem}.md"
+def _weights(settings: Settings) -> Iterator[Check]:
+    restore = "python -m ml_backend weights list, and verify NAME; import what is damaged again"
     try:
-        digest = digest_of(read_weights(WEIGHTS))
-        if digest not in WEIGHTS.with_suffix(".md").read_text():
-            raise Refusal(f"{WEIGHTS} has digest {digest[:16]}, which its model card does not name")
-        version = load_segmenter(FAMILY, WEIGHTS, device="cpu", encoder="exact").version
+        base = base_of(settings)
+        if base.family == LIGHT:
+            restore = f"git checkout -- model/weights/{base.path.name} model/weights/{base.path.stem}.md"
+            if base.digest not in base.path.with_suffix(".md").read_text():
+                raise Refusal(f"{base.path} has digest {base.digest[:16]}, which its model card does not name")
+        version = _load(settings, None).version
     except (Refusal, OSError) as error:
+        if settings.family == LIGHT:
+            restore = "git checkout -- model/weights/light.safetensors model/weights/light.md"
         yield Check("weights", "error", str(error), restore)
         return
-    yield Check("weights", "ok", f"{version}, digest as in the model card, all tensors load")
+    yield Check("weights", "ok", f"{version}, digest as in its card, all tensors load")
+
+
+def _load(settings: Settings, adapter: Path | None) -> Segmenter:
+    """Load the chosen model the plain way."""
+    return load_model(settings.model_copy(update={"encoder": "exact"}), adapter=adapter, device="cpu")
 
 
 def _phrases(settings: Settings) -> Iterator[Check]:
     if adapter_file(settings) is None:
-        yield Check("phrases", "skipped", "they need an adapter, and GRACO_ADAPTER=none")
+        yield Check("phrases", "skipped", "they need an adapter, and there is none")
+        return
+    if settings.family != LIGHT:
+        yield _clip(settings)
         return
     encoder = load_phrase_encoder()
     encoder.encode(["a thing"])
     yield Check("phrases", "ok", f"the phrase encoder {encoder.name} loads, digest as expected")
 
 
+def _clip(settings: Settings) -> Check:
+    from model.graco.text import find_clip
+
+    found = find_clip(clip_folder(settings))
+    if found is None:
+        remedy = f"put the weights of CLIP ViT-B/32 into {clip_folder(settings)} (docs/checkpoints.md)"
+        return Check("phrases", "warning", "CLIP's text encoder is not at hand, so that phrases are refused", remedy)
+    return Check("phrases", "ok", f"CLIP's text encoder is {found}")
+
+
 def _adapter(settings: Settings) -> Iterator[Check]:
     path = adapter_file(settings)
+    if path is None and settings.family != LIGHT:
+        seen = "none: clicks are answered by the base, levels and phrases have no effect"
+        yield Check("adapter", "ok", seen, "python -m ml_backend weights import GraCo_base_lora.pth")
+        return
     if path is None:
         seen = "GRACO_ADAPTER=none: a level chooses among three masks by their size, phrases have no effect"
         yield Check("adapter", "ok", seen, "unset GRACO_ADAPTER to have levels and phrases obeyed")
         return
     try:
-        adapter = load_segmenter(FAMILY, WEIGHTS, adapter=path, device="cpu", encoder="exact").adapter
+        adapter = _load(settings, path).adapter
     except Refusal as refusal:
         remedy = "unset GRACO_ADAPTER to use the bundled one, or name a file trained on this base"
-        if path == ADAPTER:
-            remedy = f"git checkout -- model/weights/{ADAPTER.name} (if 'phrases' above failed, mend that first)"
+        if path == BUNDLED_ADAPTER:
+            remedy = (
+                f"git checkout -- model/weights/{BUNDLED_ADAPTER.name} (if 'phrases' above failed, mend that first)"
+            )
         yield Check("adapter", "error", str(refusal), remedy)
         return
     yield Check("adapter", "ok", f"{adapter}, made for this base, all tensors load")
@@ -281,7 +310,7 @@ def _adapter(settings: Settings) -> Iterator[Check]:
 def _versions(settings: Settings) -> Iterator[Check]:
     """Say which version serves each line, and whether it loads."""
     registry = open_registry(settings)
-    base = load_segmenter(FAMILY, WEIGHTS, device="cpu", encoder="exact")
+    base = _load(settings, None)
     serving: list[str] = []
     broken: list[tuple[str, str]] = []
     for line in registry.lines():
@@ -404,6 +433,21 @@ def _backend(settings: Settings) -> Iterator[Check]:
         yield Check(name, "warning", f"{url} runs, but {health.warning}", "see 'adapter versions' above")
     else:
         yield Check(name, "ok", f"{url} serves {health.model_version}")
+
+
+def _auth(settings: Settings) -> Iterator[Check]:
+    if settings.auth == "off":
+        open_to = "this machine" if _is_loopback(settings.host) else "this machine's networks"
+        seen = f"GRACO_AUTH=off: whoever is on {open_to} may click, train and choose versions"
+        yield Check("auth", "warning", seen, "unset GRACO_AUTH, then: python -m ml_backend connect --project ID")
+        return
+    known, path = known_secrets(settings), secrets_file(settings)
+    if path.exists() and path.stat().st_mode & 0o077:
+        yield Check("auth", "warning", f"others may read {path}", f"chmod 600 {path}")
+    elif not known.password:
+        yield Check("auth", "ok", "on; secrets are made at the first start")
+    else:
+        yield Check("auth", "ok", f"on; Label Studio's user is {known.username}")
 
 
 def _is_loopback(host: str | None) -> bool:
@@ -561,7 +605,7 @@ def _project(settings: Settings, studio: Fetcher, project: _Project) -> Iterator
         if not _is_ours(backend, settings, project):
             continue
         yield _connection(settings, project, backend)
-        yield from _guarded(f"{name} webhook", _webhook, studio, project, backend)
+        yield from _guarded(f"{name} webhook", _webhook, settings, studio, project, backend)
         yield from _guarded(f"{name} labels", _labels, project)
         yield from _guarded(f"{name} image", _image, settings, studio, project)
         return
@@ -591,6 +635,9 @@ def _connection(settings: Settings, project: _Project, backend: _Connection) -> 
         remedy = f"where Label Studio runs, try: curl {url}/health; if that fails, see 'its address' above"
         if "reserved" in why or "SSRF" in why:
             remedy = _SSRF
+        elif re.search(r"\b401\b", why):
+            why = f"the user or password that it gives is not ours, or it gives none: {why}"
+            remedy = f"python -m ml_backend connect --project {project.id} --url {url}"
         return Check(name, "error", f"{seen}, but Label Studio is not connected to it ({why})", remedy)
     if not backend.is_interactive:
         remedy = "Settings > Model > ... > Edit: switch on 'Interactive preannotations'"
@@ -604,7 +651,7 @@ def _connection(settings: Settings, project: _Project, backend: _Connection) -> 
     return Check(name, "ok", f"{seen}, connected")
 
 
-def _webhook(studio: Fetcher, project: _Project, backend: _Connection) -> Iterator[Check]:
+def _webhook(settings: Settings, studio: Fetcher, project: _Project, backend: _Connection) -> Iterator[Check]:
     name, wanted = f"project {project.id} webhook", f"{backend.url.rstrip('/')}/webhook"
     hooks = _get(studio, f"/api/webhooks?project={project.id}", list[_Webhook])
     hook = next((hook for hook in hooks if hook.url.rstrip("/").startswith(wanted)), None)
@@ -625,8 +672,22 @@ def _webhook(studio: Fetcher, project: _Project, backend: _Connection) -> Iterat
     elif not hook.send_for_all_actions:
         seen = f"it tells only of {', '.join(hook.actions) or 'nothing'}"
         yield Check(name, "warning", seen, f"{switch} 'Send for all actions'")
+    elif not _lets_in(hook, settings):
+        seen = f"it does not carry our secret ({SECRET_HEADER}), so what it tells is refused (reconcile fetches it)"
+        remedy = f"python -m ml_backend connect --project {project.id} --url {_shown(backend.url)}"
+        yield Check(name, "error", seen, remedy)
     else:
         yield Check(name, "ok", "active, with payload, for all actions")
+
+
+def _lets_in(hook: _Webhook, settings: Settings) -> bool:
+    known = known_secrets(settings)
+    if settings.auth == "off" or not known.webhook_secret:
+        return True
+    headers = {name.lower(): text for name, text in hook.headers.items()}
+    basic = b64encode(f"{known.username}:{known.password}".encode()).decode()
+    given = headers.get(SECRET_HEADER.lower()), headers.get("authorization")
+    return given[0] == known.webhook_secret or (given[0] is None and given[1] == f"Basic {basic}")
 
 
 def _labels(project: _Project) -> Iterator[Check]:

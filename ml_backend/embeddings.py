@@ -96,6 +96,11 @@ class EmbeddingCache:
                 self._held -= self._memory.popitem(last=False)[1].nbytes
             metrics.EMBEDDING_BYTES.set(self._held)
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes held in memory now."""
+        return self._held
+
     def _path(self, image_id: str) -> Path | None:
         return self._folder / image_id[:2] / f"{image_id}.safetensors" if self._folder else None
 

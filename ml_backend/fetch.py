@@ -347,7 +347,7 @@ class Answer:
     status: int
     location: str | None  # where it redirects to
     date: str | None  # by the server's clock
-    body: bytes  # empty unless the status is 200
+    body: bytes  # of an image's server: empty unless the status is 200
 
 
 def read_answer(body: bytes, path: str, kind: type[T]) -> T:
@@ -379,8 +379,9 @@ def _request(
     authorization: str | None = None,
     content: bytes | None = None,
     method: str | None = None,
+    every_body: bool = False,
 ) -> Answer:
-    """Send one request and return its answer; the body is read only if the status is 200.
+    """Send one request and return its answer; unless `every_body`, the body is read only if the status is 200.
 
     Raises:
         Refusal: no connection, no HTTP, too many bytes, an encoded body.
@@ -401,7 +402,7 @@ def _request(
         try:
             sock.settimeout(deadline.left_s())
             sock.sendall(message)
-            return _read_answer(connection, sock, url, deadline, max_bytes)
+            return _read_answer(connection, sock, url, deadline, max_bytes, every_body=every_body)
         except TimeoutError:
             raise
         except OSError as error:
@@ -413,10 +414,10 @@ def _request(
 
 
 def _read_answer(
-    connection: h11.Connection, sock: socket.socket, url: _Url, deadline: Deadline, max_bytes: int
+    connection: h11.Connection, sock: socket.socket, url: _Url, deadline: Deadline, max_bytes: int, *, every_body: bool
 ) -> Answer:
     body = bytearray()
-    date: str | None = None
+    status, location, date = 0, None, None
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
@@ -425,17 +426,18 @@ def _read_answer(
         elif isinstance(event, h11.Response):
             headers = {name.decode("ascii").lower(): value for name, value in event.headers}
             date = headers["date"].decode("latin-1") if "date" in headers else None
-            if event.status_code != 200:
-                location = headers.get("location")
-                text = location.decode("utf-8", "replace") if location is not None else None
-                return Answer(status=event.status_code, location=text, date=date, body=b"")
+            status = event.status_code
+            if status != 200:
+                location = headers["location"].decode("utf-8", "replace") if "location" in headers else None
+                if not every_body:
+                    return Answer(status=status, location=location, date=date, body=b"")
             _check_headers(headers, url, max_bytes)
         elif isinstance(event, h11.Data):
             if len(body) + len(event.data) > max_bytes:
                 raise _too_many(f"more than {max_bytes} bytes")
             body += event.data
         elif isinstance(event, h11.EndOfMessage):
-            return Answer(status=200, location=None, date=date, body=bytes(body))
+            return Answer(status=status, location=location, date=date, body=bytes(body))
         elif not isinstance(event, h11.InformationalResponse):  # closed before any answer
             raise Refusal(f"{url.site} closed the connection without an answer; try again")
 
@@ -649,6 +651,7 @@ class Fetcher:
                 authorization=self.auth.header(deadline) if self.auth else None,
                 content=content,
                 method=method,
+                every_body=True,
             )
         except TimeoutError:
             raise Refusal(

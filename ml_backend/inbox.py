@@ -180,6 +180,13 @@ class Inbox:
         with self._lock, closing(self._db.execute("SELECT state, COUNT(*) FROM events GROUP BY state")) as rows:
             return {"undone": 0, "done": 0, "failed": 0} | dict(rows)
 
+    def oldest_s(self) -> float | None:
+        """Return when the oldest event came that is not acted on (UTC seconds); None: there is none."""
+        query = "SELECT MIN(received_s) FROM events WHERE state = 'undone'"
+        with self._lock, closing(self._db.execute(query)) as rows:
+            oldest = rows.fetchone()[0]
+        return None if oldest is None else float(oldest)
+
     def regions(self) -> dict[str, int]:
         """Return how many regions events brought so far, by kind."""
         with self._lock, closing(self._db.execute("SELECT kind, count FROM regions")) as rows:

@@ -21,7 +21,7 @@ from ml_backend.fetch import make_fetcher
 from ml_backend.images import ImageInfo, ImageSource, check_size, is_plain, to_png
 from ml_backend.inbox import Event, Inbox
 from ml_backend.label_config import read_config
-from ml_backend.label_studio import Json, Submitted, SubmittedRegion, read_corrections
+from ml_backend.label_studio import Json, Submitted, SubmittedRegion, changed_s, read_corrections
 from ml_backend.settings import Settings
 from model.types import Refusal
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 ACTIONS = (
     *("ANNOTATION_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_CREATED", "ANNOTATIONS_DELETED"),
-    *("TASKS_CREATED", "TASKS_DELETED"),
+    *("TASKS_CREATED", "TASKS_DELETED", "PROJECT_UPDATED"),
 )
 """What is worth a place in the inbox; of imports those that carry annotations."""
 
@@ -117,7 +117,12 @@ def _act(intake: Intake, event: Event, project: str, body: Json) -> tuple[str, .
         intake.inbox.done(event.key, kinds, note=note)
         return ()
     split: tuple[str, ...] = ()
-    if event.action == "ANNOTATIONS_DELETED":
+    if event.action == "PROJECT_UPDATED":
+        try:
+            note_classes(intake, project, body["project"], received_s=event.received_s)
+        except Refusal as refusal:
+            return _nothing(intake, event, str(refusal))
+    elif event.action == "ANNOTATIONS_DELETED":
         intake.corrections.delete(project, _ids(body.get("annotations")))
     elif event.action == "TASKS_DELETED":
         intake.corrections.delete_tasks(project, _ids(body.get("tasks")))
@@ -142,6 +147,33 @@ def annotation_event(annotation: Json, task: Json, project: Json) -> bytes:
         "project": {"id": project.get("id"), "label_config": project.get("label_config")},
     }
     return json.dumps(event, sort_keys=True, separators=(",", ":")).encode()
+
+
+def project_event(project: Json) -> bytes:
+    """Return the body of an event for a changed project: its id, configuration and time of the change, no more."""
+    kept = {name: project.get(name) for name in ("id", "label_config", "updated_at")}
+    return json.dumps({"action": "PROJECT_UPDATED", "project": kept}).encode()
+
+
+def note_classes(intake: Intake, number: str, project: Json, *, received_s: float) -> None:
+    """Have the ledger know the classes that a project has now.
+
+    Args:
+        intake: whose ledger.
+        number: the project's id.
+        project: as Label Studio gives it.
+        received_s: UTC, when it did; stands where the project does not say when it was changed.
+
+    Raises:
+        Refusal: its labelling configuration cannot be read.
+    """
+    config = read_config(project.get("label_config") or "")
+    outputs = [tag for tag in config.outputs if tag.labelled]
+    labels = {label for tag in outputs for label in tag.labels}
+    labels |= {label.value for tag in config.classes for label in tag.labels}
+    updated_s = changed_s({"updated_at": project.get("updated_at")}) or received_s
+    any_may_occur = any(tag.dynamic for tag in (*outputs, *config.classes))
+    intake.corrections.note_classes(number, None if any_may_occur else labels, updated_s=updated_s)
 
 
 def _split(action: str, body: Json) -> Iterator[bytes]:

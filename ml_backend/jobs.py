@@ -1,14 +1,16 @@
 """Work that need not happen inside a request: rq queues on Redis, jobs that name their work, JSON arguments.
 
-Two queues. `corrections`: events in the inbox are taken into the ledger. `encode`: images of imported tasks are encoded
-ahead, so that the first click is warm. Redis holds nothing that only it knows: what is undone stands in the inbox, from
-where the worker queues it again. Redis gone means that corrections wait and that images are encoded at their first
-click; no request waits for it.
+Two queues. `corrections`: events in the inbox are taken into the ledger, and unlabelled tasks are scored by a new
+version (`next_tasks`). `encode`: images of imported tasks are encoded ahead, so that the first click is warm. Redis
+holds nothing that only it knows: what is undone stands in the inbox, from where the worker queues it again. Redis gone
+means that corrections wait and that images are encoded at their first click; no request waits for it.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import contextvars
 import functools
 import hashlib
 import json
@@ -18,10 +20,13 @@ import queue
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import redis
 from redis.backoff import NoBackoff
@@ -31,7 +36,10 @@ from rq.exceptions import DuplicateJobError
 from rq.executions import Execution
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
+from rq.timeouts import JobTimeoutException
 
+from ml_backend import logs, metrics
+from ml_backend.answers import Answer
 from ml_backend.images import TaskImage
 from ml_backend.inbox import Inbox
 from ml_backend.settings import Settings
@@ -39,6 +47,7 @@ from model.types import Refusal
 
 if TYPE_CHECKING:  # a worker that waits shall not hold torch in memory, nor scipy
     from ml_backend.ingest import Intake
+    from ml_backend.reconcile import Reconciled
     from ml_backend.service import Service
 
 log = logging.getLogger(__name__)
@@ -51,8 +60,13 @@ _INGEST_SPARE_S = 30  # of an event beyond the time to fetch its image
 _DRAIN_S = 30.0
 _SETTLE_S = 20.0  # an event that came so recently is on its way by itself
 _MOST_DRAINED = 10_000
+_WORKER_TTL_S = 45  # rq's idle worker reports 15 s before, and is forgotten a minute after
 _SPARE_S = 15  # of a job on another machine beyond its limit
 _REDO_ALL_S = 6 * 3600.0  # between reconciliations that look at every task, not at those that changed
+_SCORE_AGAIN_S = 3600.0  # between scorings by the same version: tasks came, and others were corrected
+_SCORE_S = 60.0  # of one job: corrections that come meanwhile wait as long
+_SCORE_LIMIT_S = 600
+_MOST_SCORED = 500  # unlabelled tasks of a project, the oldest ones
 
 
 def connect(url: str) -> redis.Redis:
@@ -88,18 +102,34 @@ def encode_later(service: Service, images: list[TaskImage]) -> int:
 
 
 class HandOver:
-    """Tells the worker of events, from a thread of its own: no webhook waits for Redis, however slow that is."""
+    """Tells the worker of events, from a thread of its own: no webhook waits for Redis, however slow that is.
 
-    def __init__(self, settings: Settings) -> None:
-        """Take where Redis is; the thread begins with the first event."""
+    Where the ledger is elsewhere, events and answers themselves are handed over, and what could not be is tried again.
+    """
+
+    def __init__(self, settings: Settings, inbox: Inbox) -> None:
+        """Take where Redis is, and where events wait; the thread begins with the first event."""
         self._settings = settings
+        self._inbox = inbox
+        self._away = settings.ledger == "elsewhere"
         self._tasks: queue.SimpleQueue[Callable[[redis.Redis], object] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
     def put(self, key: str) -> None:
         """Have an event of the inbox taken in."""
-        self._put(partial(enqueue_ingest, self._settings, keys=[key]))
+        task = partial(send_events, inbox=self._inbox) if self._away else partial(enqueue_ingest, keys=[key])
+        self._put(partial(contextvars.copy_context().run, task, self._settings))
+
+    def tell(self, answers: Sequence[Answer]) -> None:
+        """Have answers remembered where the ledger is, if that is elsewhere."""
+        if self._away and answers:
+            self._put(partial(send_answers, answers=answers))
+
+    def begin(self) -> None:
+        """Hand over what waits from before, where the ledger is elsewhere."""
+        if self._away:
+            self._put(partial(send_events, self._settings, inbox=self._inbox))
 
     def close(self) -> None:
         """End the thread; what it had not handed over stays in the inbox."""
@@ -122,7 +152,7 @@ class HandOver:
 
     def _run(self, url: str) -> None:
         with connect(url) as connection:
-            while (task := self._tasks.get()) is not None:
+            while (task := self._next()) is not None:
                 try:
                     task(connection)
                 except redis.RedisError as error:
@@ -133,6 +163,12 @@ class HandOver:
                     )
                 except Exception:
                     log.exception("an event waits in the inbox until the worker looks there")
+
+    def _next(self) -> Callable[[redis.Redis], object] | None:
+        try:
+            return self._tasks.get(timeout=_DRAIN_S if self._away else None)
+        except queue.Empty:
+            return partial(send_events, self._settings, inbox=self._inbox)
 
     def _forget(self) -> int:
         """Take back what is still to be handed over, and return how much it was."""
@@ -156,6 +192,59 @@ def enqueue_ingest(settings: Settings, connection: redis.Redis, *, keys: Iterabl
     limit_s = int(settings.image_timeout_s) + _INGEST_SPARE_S
     for key in keys:
         _enqueue(to, ingest, [key], f"ingest-{key}", limit_s=limit_s, keep_failed_s=60)
+
+
+def send_events(settings: Settings, connection: redis.Redis, *, inbox: Inbox) -> None:
+    """Hand the events of an inbox over to the machine that keeps the ledger.
+
+    Raises:
+        redis.RedisError: Redis cannot be reached; what is not handed over stays in the inbox.
+    """
+    to = _queue(CORRECTIONS, connection)
+    limit_s = int(settings.image_timeout_s) + _INGEST_SPARE_S
+    for key in inbox.undone(_MOST_DRAINED, 0):
+        event = inbox.read(key)
+        if event is not None:
+            args = [event.action, base64.b64encode(event.body).decode()]
+            _enqueue(to, receive, args, f"receive-{key}", limit_s=limit_s, keep_failed_s=60)
+            inbox.done(key, note="handed over")
+
+
+def send_answers(connection: redis.Redis, *, answers: Sequence[Answer]) -> None:
+    """Hand answers over to the machine that keeps the ledger, which then tells accepted regions from drawn ones.
+
+    Raises:
+        redis.RedisError: Redis cannot be reached; regions among these count as drawn by hand.
+    """
+    rows = [asdict(one) | {"shape": one.shape and base64.b64encode(one.shape).decode()} for one in answers]
+    _enqueue(_queue(CORRECTIONS, connection), remember, [rows], f"remember-{_digest(rows)}")
+
+
+def ask_for_scores(settings: Settings, project: str | int) -> None:
+    """Have the worker score a project's unlabelled tasks; asked for again before it has begun, it is the same work."""
+    if settings.next_tasks == "on":
+        file = _due(settings, project)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def _due(settings: Settings, project: str | int) -> Path:
+    """Return the file that is there while a project's tasks are to be scored."""
+    return settings.shared / "selection" / f"{project}.due"
+
+
+def enqueue_scores(settings: Settings, connection: redis.Redis) -> None:
+    """Queue what was asked for by `ask_for_scores`; what is queued or running already is not queued again.
+
+    Raises:
+        redis.RedisError: Redis cannot be reached.
+    """
+    if settings.next_tasks == "off" or not (settings.label_studio_url and settings.label_studio_api_key):
+        return
+    for file in _due(settings, 0).parent.glob("*.due"):
+        with contextlib.suppress(OSError):  # done just now
+            job_id = f"next-tasks-{file.stem}-{file.stat().st_mtime_ns}"
+            _enqueue(_queue(CORRECTIONS, connection), score, [int(file.stem)], job_id, limit_s=_SCORE_LIMIT_S)
 
 
 def drain(settings: Settings, connection: redis.Redis, *, inbox: Inbox, older_than_s: float = _SETTLE_S) -> int:
@@ -253,7 +342,16 @@ def _enqueue(
             result_ttl=0,
             failure_ttl=keep_failed_s,
             description=job_id,
+            meta={"request": logs.request_id.get()},
         )
+
+
+class _Worker(SimpleWorker):
+    """Has the lines of a job carry the id of the request that it comes from."""
+
+    def perform_job(self, job: Job, queue: Queue, execution: Execution) -> bool:
+        with logs.carrying(str(job.meta.get("request", "-"))):
+            return super().perform_job(job, queue, execution)
 
 
 def _digest(value: object) -> str:
@@ -298,11 +396,76 @@ def ingest(key: str) -> None:
     """Take one event of the inbox into the ledger, and queue those it was split into."""
     from ml_backend.ingest import ingest as take_in
 
-    split = take_in(_intake(), key)
+    with metrics.STEP.labels("ingest").time():
+        split = take_in(_intake(), key)
     url = Settings().redis_url
     if split and url is not None:
         with connect(url) as connection:
             enqueue_ingest(Settings(), connection, keys=split)
+
+
+def receive(action: str, body: str) -> None:
+    """Take in an event that another machine's web process was sent."""
+    ingest(_intake().inbox.add(base64.b64decode(body), action))
+
+
+def remember(rows: list[dict[str, Any]]) -> None:
+    """Remember what another machine's web process answered."""
+    _intake().answers.remember(
+        Answer(**row | {"shape": row["shape"] and base64.b64decode(row["shape"])}) for row in rows
+    )
+
+
+@functools.cache
+def _scorer() -> Service:
+    """The worker process's service with the versions that serve, for as long as there are tasks to score."""
+    from ml_backend.service import Service
+
+    return Service(Settings())
+
+
+_pictureless: dict[int, set[int]] = defaultdict(set)
+"""Tasks by project whose image cannot be had: not tried again until all the others have their score."""
+
+
+def score(project: int) -> None:
+    """Score a project's unlabelled tasks for a while; what is left then is queued again, behind what came meanwhile."""
+    from ml_backend.next_tasks import score_tasks, wants_scores
+    from ml_backend.service import CLICKED
+    from ml_backend.trainings import Patience
+
+    settings = Settings()
+    file = _due(settings, project)
+    try:
+        asked = file.stat().st_mtime_ns
+    except OSError:  # somebody else has done it
+        return
+    finished = True
+    try:
+        if wants_scores(settings, project):
+            outcome = score_tasks(
+                _scorer(),
+                project,
+                most=_MOST_SCORED,
+                limit_s=_SCORE_S,
+                refused=_pictureless[project],
+                pause=Patience(settings.data_dir / CLICKED).wait,
+            )
+            finished = outcome.finished
+            log.info("tasks of project %d: %s", project, outcome)
+    except (Refusal, JobTimeoutException) as error:
+        if _scorer.cache_info().currsize and not (_scorer().ready or _scorer().failure):
+            log.info("tasks of project %d are scored once the model is loaded", project)
+            return
+        log.warning("tasks of project %d are not scored until they are asked for again: %s", project, error)
+    if finished:
+        _pictureless.pop(project, None)
+        if _scorer.cache_info().currsize:
+            _scorer().close()
+            _scorer.cache_clear()
+        with contextlib.suppress(OSError):
+            if file.stat().st_mtime_ns == asked:
+                file.unlink()
 
 
 def work(settings: Settings, *, burst: bool = False) -> None:
@@ -312,12 +475,14 @@ def work(settings: Settings, *, burst: bool = False) -> None:
     os.nice(19)
     connection = redis.Redis.from_url(settings.redis_url)
     try:
-        worker = SimpleWorker(
-            [_queue(CORRECTIONS, connection), _queue(ENCODE, connection)],
+        here = settings.ledger == "here"  # elsewhere: images are encoded for all, corrections are another's
+        worker = _Worker(
+            [_queue(name, connection) for name in ((CORRECTIONS, ENCODE) if here else (ENCODE,))],
             connection=connection,
             serializer=JSONSerializer,
+            worker_ttl=_WORKER_TTL_S,
         )
-        with _upkeep(settings, once=burst):
+        with _upkeep(settings, once=burst) if here else contextlib.nullcontext():
             worker.work(burst=burst, logging_level="WARNING")
     except redis.RedisError as error:
         raise SystemExit(f"Redis does not answer ({error}); the worker ends, and is started again by 'run'") from None
@@ -348,6 +513,7 @@ def _keep_up(settings: Settings, stop: threading.Event) -> None:
     wants = settings.reconcile_minutes > 0 and settings.label_studio_url and settings.label_studio_api_key
     asked_s, whole_s = -float("inf"), -float("inf")  # when Label Studio was asked, and when for everything
     since_s: float | None = None
+    scored_s = -float("inf")  # when tasks were to be scored by whatever serves
     while True:
         try:
             _look_after(settings)
@@ -355,8 +521,12 @@ def _keep_up(settings: Settings, stop: threading.Event) -> None:
             if wants and now_s - asked_s >= settings.reconcile_minutes * 60:
                 whole = now_s - whole_s >= _REDO_ALL_S
                 asked_s, whole_s, begun_s = now_s, now_s if whole else whole_s, time.time()
-                _fetch_lost(settings, None if whole else since_s)
+                found = _fetch_lost(settings, None if whole else since_s)
                 since_s = begun_s
+                if now_s - scored_s >= _SCORE_AGAIN_S:
+                    scored_s = now_s
+                    for project in found.ids:
+                        ask_for_scores(settings, project)
         except Refusal as refusal:
             log.warning("corrections could not be compared with Label Studio: %s", refusal)
         except redis.RedisError as error:
@@ -372,9 +542,10 @@ def _look_after(settings: Settings, *, older_than_s: float = _SETTLE_S) -> None:
     with connect(settings.redis_url) as connection, closing(Inbox(settings.data_dir / "inbox.sqlite")) as inbox:
         inbox.prune()
         drain(settings, connection, inbox=inbox, older_than_s=older_than_s)
+        enqueue_scores(settings, connection)
 
 
-def _fetch_lost(settings: Settings, since_s: float | None) -> None:
+def _fetch_lost(settings: Settings, since_s: float | None) -> Reconciled:
     from ml_backend.ingest import open_intake
     from ml_backend.reconcile import reconcile
 
@@ -383,3 +554,4 @@ def _fetch_lost(settings: Settings, since_s: float | None) -> None:
     if found.added or found.deleted:
         log.info("Label Studio knew of %d annotations more, and %d fewer", found.added, found.deleted)
         _look_after(settings, older_than_s=0)
+    return found

@@ -5,6 +5,10 @@ whose model version is the project's. So each task gets one prediction of ours, 
 regions (or with those of GRACO_PRELABEL), scored by `active_learning.selection`. With more than one annotator it draws
 at random among all tasks that have such a prediction (1.23), so then only the most useful ones get one.
 
+The version that Label Studio takes as the project's is moved to the new one where the project is on uncertainty
+sampling and the version there was ours, or the title of our backend, which no prediction has; never from that of
+another model.
+
 What was computed is kept in DATA/selection/<project>-<version>.jsonl, one line for each task: a second run goes on, and
 looks anew only at tasks whose image's address has changed.
 """
@@ -18,9 +22,11 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -36,7 +42,9 @@ from ml_backend.images import TaskImage
 from ml_backend.label_config import LabelConfig, read_config
 from ml_backend.label_studio import read_batch
 from ml_backend.predictions import predict_tasks
-from ml_backend.service import FAMILY, Service
+from ml_backend.reconcile import backends_of
+from ml_backend.service import Service
+from ml_backend.settings import Settings
 from model.bars import progress_bar
 from model.segmenter import Segmenter
 from model.types import Refusal
@@ -51,7 +59,7 @@ CLICKS = 8  # places an image is asked at
 _PAGE = 100
 _LIMIT_S = 60.0  # for one answer of Label Studio
 _WIDTH = 512  # numbers of a feature
-_OURS = re.compile(rf"{FAMILY}-[0-9a-f]{{8}}(\+.*)?")
+_OURS = re.compile(r"(light|graco)-[0-9a-f]{8}(\+.*)?")
 
 
 class _Project(msgspec.Struct):
@@ -100,10 +108,16 @@ class Outcome:
     version: str  # that the scores belong to
     looked: int  # tasks looked at in this run
     refused: int  # of these, how many images cannot be had
-    left: int  # unlabelled tasks not looked at yet
+    left: int  # tasks still to be looked at
+    unwritten: int  # scores that time did not suffice to write
     scored: int  # tasks that have a score now
     several: bool  # people annotate: Label Studio draws among the tasks that have a score
     advice: str  # what is still to be done so that Label Studio serves by them; empty if nothing
+
+    @property
+    def finished(self) -> bool:
+        """Whether another run would find nothing to do."""
+        return not self.left and not self.unwritten
 
     def __str__(self) -> str:
         """Say it to the person who asked."""
@@ -120,8 +134,12 @@ def score_tasks(
     *,
     limit: int | None = None,
     best: int | None = None,
+    most: int | None = None,
+    limit_s: float | None = None,
+    refused: set[int] | None = None,
     set_sampling: bool = False,
     clicks: int = CLICKS,
+    pause: Callable[[], None] = lambda: None,
     console: Console | None = None,
 ) -> Outcome:
     """Score a project's unlabelled tasks, so that the most useful one comes first in the label stream.
@@ -131,8 +149,12 @@ def score_tasks(
         project: its id in Label Studio.
         limit: unlabelled tasks looked at in this run at most; the next run goes on.
         best: tasks that get a score at most, the most useful ones; None: all, or `SHARED_OUT` where several annotate.
+        most: unlabelled tasks that count at all, the oldest ones; None: all.
+        limit_s: seconds for looking and writing; the next run goes on. Scores are written once all was looked at.
+        refused: tasks that are not tried again; those whose image cannot be had are added.
         set_sampling: switch the project to uncertainty sampling by this version.
         clicks: places the network is asked at in each image.
+        pause: called before each look; may wait while somebody clicks.
         console: where progress is shown; None: nowhere.
 
     Raises:
@@ -144,33 +166,45 @@ def score_tasks(
     config = read_config(about.label_config or "")
     serving = service.serving(project)
     version = serving.model_version
-    unlabelled = list(_tasks(studio, project, labelled=False))
+    unlabelled = list(islice(_tasks(studio, project, labelled=False), most))
     labelled = list(_tasks(studio, project, labelled=True))
     looks = _Looks(service.settings.data_dir / "selection" / f"{project}-{version}.jsonl")
-    missing = [task for task in unlabelled if looks.get(config, task, unsure=True) is None]
+    refused = set() if refused is None else refused
+    hopeless = len(refused)
+    until_s = float("inf") if limit_s is None else time.monotonic() + limit_s
+    missing = [t for t in unlabelled if t.id not in refused and looks.get(config, t, unsure=True) is None]
     wanted = [(task, True) for task in missing[:limit]]
-    wanted += [(task, False) for task in labelled if looks.get(config, task, unsure=False) is None]
-    refused = 0
+    wanted += [(t, False) for t in labelled if t.id not in refused and looks.get(config, t, unsure=False) is None]
+    looked = 0
     with progress_bar(console) as bar:
         for task, unsure in bar.track(wanted, description="looking"):
+            if time.monotonic() > until_s:
+                break
+            looked += 1
+            pause()
             try:
                 looks.add(_look(service, serving.segmenter, config, task, clicks if unsure else 0))
             except Refusal as refusal:
-                refused += 1
+                refused.add(task.id)
                 log.warning("task %d has no score: %s", task.id, refusal)
-        scores = _scores(looks, config, unlabelled, labelled)
+        in_time = looked == len(wanted)
+        scores = _scores(looks, config, unlabelled, labelled) if in_time else {}
         several = len(_get(studio, f"/api/projects/{project}/annotators/", list[_Annotator])) > 1
         if best is None:
             best = SHARED_OUT if several else len(scores)
         by_id = {task.id: task for task in unlabelled}
+        unwritten = len(scores)
         for place, (task_id, score) in enumerate(bar.track(scores.items(), description="writing")):
+            if time.monotonic() > until_s:
+                break
+            unwritten -= 1
             task = by_id[task_id]
             regions = partial(_regions, service, config, project, task)
             _write(studio, task, version, score if place < best else None, regions)
     advice = ""
-    if scores and (about.model_version, about.sampling) != (version, SAMPLING):
+    if unwritten < len(scores) and (about.model_version, about.sampling) != (version, SAMPLING):
         served = {"model_version": version, "sampling": SAMPLING}
-        if set_sampling:
+        if set_sampling or _follows(about, studio, service.settings):
             _send(studio, f"/api/projects/{project}", "PATCH", served)
         else:
             advice = (
@@ -179,13 +213,34 @@ def score_tasks(
             )
     return Outcome(
         version=version,
-        looked=len(wanted),
-        refused=refused,
-        left=len(missing) - len(missing[:limit]),
-        scored=min(best, len(scores)),
+        looked=looked,
+        refused=len(refused) - hopeless,
+        left=len(wanted) - looked + len(missing) - len(missing[:limit]),
+        unwritten=unwritten,
+        scored=min(best, len(scores) - unwritten),
         several=several,
         advice=advice,
     )
+
+
+def wants_scores(settings: Settings, project: int) -> bool:
+    """Whether scores of ours would be of use: the project is ours, and on uncertainty sampling by our versions.
+
+    Raises:
+        Refusal: Label Studio cannot be reached or does not let us.
+    """
+    studio = make_fetcher(settings)
+    return _follows(_get(studio, f"/api/projects/{project}", _Project), studio, settings)
+
+
+def _follows(about: _Project, studio: Fetcher, settings: Settings) -> bool:
+    """Whether the project's version is ours to move."""
+    if about.sampling != SAMPLING:
+        return False
+    backends = backends_of(studio, settings, about.id)
+    version = about.model_version or ""
+    titles = {"", *(backend.title for backend in backends)}
+    return bool(backends) and (version in titles or _OURS.fullmatch(version) is not None)
 
 
 def _tasks(studio: Fetcher, project: int, *, labelled: bool) -> Iterator[_Task]:
@@ -218,14 +273,23 @@ def _look(service: Service, segmenter: Segmenter, config: LabelConfig, task: _Ta
     With no click allowed it is not asked how unsure it is.
     """
     images = _images(config, task)
-    seen: list[tuple[float, Look]] = []
-    for image in images:
-        encoded, info = service.encode_ahead(image)
-        rng = np.random.default_rng(int(info.id[:16], 16))  # of the image: looked at again, it is the same
-        found = uncertainty(segmenter, encoded, rng, clicks=clicks) if clicks else None
-        look = Look(task=task.id, images=_images_digest(images), uncertainty=found, feature=feature(encoded))
-        seen.append((found.value if found else 0.0, look))
-    return max(seen, key=lambda one: one[0])[1]
+    seen = [look_at(service, segmenter, image, clicks) for image in images]
+    found, vector = max(seen, key=lambda one: one[0].value if one[0] else 0.0)
+    return Look(task=task.id, images=_images_digest(images), uncertainty=found, feature=vector)
+
+
+def look_at(
+    service: Service, segmenter: Segmenter, image: TaskImage, clicks: int = CLICKS
+) -> tuple[Uncertainty | None, npt.NDArray[np.float32]]:
+    """Return how unsure the network is of an image, None with no click allowed, and the image's feature.
+
+    Raises:
+        Refusal: the image cannot be had.
+    """
+    encoded, info = service.encode_ahead(image)
+    rng = np.random.default_rng(int(info.id[:16], 16))  # of the image: looked at again, it is the same
+    found = uncertainty(segmenter, encoded, rng, clicks=clicks) if clicks else None
+    return found, feature(encoded)
 
 
 class _Looks:

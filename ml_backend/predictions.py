@@ -99,6 +99,7 @@ def _served(request: _Request, task: Json, make: Callable[[], Json]) -> Json:
         return make()
     except Refusal as refusal:
         metrics.PREDICTIONS.labels("refused").inc()
+        metrics.REFUSALS.labels(metrics.cause_of(refusal)).inc()
         log.warning("task %s is answered with nothing: %s", task.get("id"), refusal)
         return empty_answer(request.model_version, str(refusal))
     except Exception:
@@ -246,7 +247,9 @@ def _write(
             )
             for region_id, digest, shape in zip(ids, one.digests, one.packed, strict=True)
         ]
-    request.service.answers.remember(answers)
+    with timed("remember"):
+        request.service.answers.remember(answers)
+        request.service.hand_over.tell(answers)
     return regions
 
 

@@ -16,7 +16,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from ml_backend.fetch import Fetcher, make_fetcher, read_answer
-from ml_backend.ingest import Intake, annotation_event, ingest
+from ml_backend.ingest import Intake, annotation_event, ingest, note_classes
 from ml_backend.label_studio import Json, changed_s
 from ml_backend.settings import Settings
 from model.types import Refusal
@@ -40,11 +40,13 @@ class Reconciled:
     projects: int
     added: int  # annotations put into the inbox
     deleted: int  # annotations that Label Studio no longer has
+    ids: tuple[int, ...]  # of the projects
 
 
 class _Project(msgspec.Struct):
     id: int
     label_config: str | None = None
+    updated_at: str | None = None
 
 
 class _Projects(msgspec.Struct):
@@ -52,8 +54,11 @@ class _Projects(msgspec.Struct):
     next: str | None = None
 
 
-class _Backend(msgspec.Struct):
+class Backend(msgspec.Struct):
+    """An ML backend as a project has it connected."""
+
     url: str
+    title: str = ""
 
 
 class _Tasks(msgspec.Struct):
@@ -83,7 +88,8 @@ def reconcile(
     """
     studio = make_fetcher(settings)
     projects = [_get(studio, f"/api/projects/{project}/", _Project)] if project is not None else None
-    looked, added, deleted = 0, 0, 0
+    added, deleted = 0, 0
+    looked: list[int] = []
     for one in projects if projects is not None else _connected(studio, settings):
         try:
             new, gone = _project(studio, intake, one, since_s, report)
@@ -92,8 +98,9 @@ def reconcile(
                 raise
             log.warning("project %d could not be compared: %s", one.id, refusal)
             continue
-        looked, added, deleted = looked + 1, added + new, deleted + gone
-    return Reconciled(projects=looked, added=added, deleted=deleted)
+        looked.append(one.id)
+        added, deleted = added + new, deleted + gone
+    return Reconciled(projects=len(looked), added=added, deleted=deleted, ids=tuple(looked))
 
 
 def take_in(intake: Intake, report: Callable[[int, int], None] | None = None) -> None:
@@ -115,15 +122,24 @@ def take_in(intake: Intake, report: Callable[[int, int], None] | None = None) ->
 def _connected(studio: Fetcher, settings: Settings) -> Iterator[_Project]:
     page = 1
     while True:
-        query = f"page={page}&page_size={_PROJECTS_PAGE}&include=id,label_config"
+        query = f"page={page}&page_size={_PROJECTS_PAGE}&include=id,label_config,updated_at"
         found = _get(studio, f"/api/projects?{query}", _Projects)
         for project in found.results:
-            backends = _get(studio, f"/api/ml?project={project.id}", list[_Backend])
-            if any(_port(backend.url) == settings.port for backend in backends):
+            if backends_of(studio, settings, project.id):
                 yield project
         if not found.next:
             return
         page += 1
+
+
+def backends_of(studio: Fetcher, settings: Settings, project: int) -> list[Backend]:
+    """Return the backends of a project that are us, by the port of their address; none: it is not connected.
+
+    Raises:
+        Refusal: Label Studio cannot be asked, or the token's user may not see the project.
+    """
+    found = _get(studio, f"/api/ml?project={project}", list[Backend])
+    return [backend for backend in found if _port(backend.url) == settings.port]
 
 
 def _port(url: str) -> int | None:
@@ -142,6 +158,10 @@ def _project(
     report: Callable[[int, int, int], None] | None,
 ) -> tuple[int, int]:
     begun_s = time.time()
+    try:
+        note_classes(intake, str(project.id), msgspec.to_builtins(project), received_s=begun_s)
+    except Refusal as refusal:
+        log.warning("the classes of project %d are not known: %s", project.id, refusal)
     known = intake.corrections.known(str(project.id))
     seen: set[int] = set()
     present: set[int] = set()

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from active_learning.registry import AdapterRegistry
 from ml_backend import metrics
 from ml_backend.answers import AnswerStore
 from ml_backend.embeddings import EmbeddingCache
+from ml_backend.families import adapter_file, base_of, configured_version, load_model
 from ml_backend.fetch import make_fetcher
 from ml_backend.images import ImageInfo, ImageSource, TaskImage
 from ml_backend.inbox import Inbox
@@ -29,25 +30,11 @@ from ml_backend.jobs import HandOver
 from ml_backend.serving import ActiveVersions, Serving, lines_of, version_name
 from ml_backend.settings import Settings
 from model.proposals import whole_image
-from model.segmenter import (
-    BUNDLED,
-    BUNDLED_ADAPTER,
-    Encoded,
-    Segmenter,
-    State,
-    digest_of,
-    load_segmenter,
-    predict,
-    read_weights,
-    version_of,
-)
-from model.types import Prediction, Prompt, Proposal, Refusal
+from model.segmenter import Encoded, Segmenter, State, predict
+from model.types import Prediction, Prompt, Proposal, Refusal, RGBImage
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = BUNDLED
-FAMILY = "light"
-ADAPTER = BUNDLED_ADAPTER
 CLICKED = "clicked"
 """File in the data folder that is touched at each click."""
 _STATES = 48  # earlier steps kept, 1 to 1.4 MiB each
@@ -118,20 +105,13 @@ class _Memo:
         self._states.put((self._of, prompt), state)
 
 
-def adapter_file(settings: Settings) -> Path | None:
-    """Return the adapter to serve with; None: the base weights alone."""
-    if isinstance(settings.adapter, Path):
-        return settings.adapter
-    return ADAPTER if settings.adapter == "bundled" else None
-
-
 def open_registry(settings: Settings) -> AdapterRegistry:
     """Return the adapter versions of the data directory that fit the base weights.
 
     Raises:
         Refusal: the base weights cannot be read.
     """
-    return AdapterRegistry(settings.data_dir / "adapters", base=digest_of(read_weights(WEIGHTS)))
+    return AdapterRegistry(settings.shared / "adapters", base=base_of(settings).digest)
 
 
 def serving_version(settings: Settings, project: str | int | None = None) -> str:
@@ -146,20 +126,14 @@ def serving_version(settings: Settings, project: str | int | None = None) -> str
     registry = open_registry(settings)
     for line in lines_of(settings, project):
         if (version := registry.active_id(line)) is not None:
-            return version_name(FAMILY, registry.base, line, version)
+            return version_name(settings.family, registry.base, line, version)
     return configured_version(settings)
 
 
-def configured_version(settings: Settings) -> str:
-    """Return the version of base and configured adapter, which serve where no line has a version.
-
-    Raises:
-        Refusal: one of the files cannot be read.
-    """
-    base, adapter = version_of(FAMILY, WEIGHTS), adapter_file(settings)
-    if adapter is None:
-        return base
-    return f"{base}+{adapter.stem.removeprefix(f'{FAMILY}-')}-{digest_of(read_weights(adapter))[:8]}"
+def _share_of_cores(settings: Settings) -> int:
+    """Return the CPU threads of one of several web processes; 0 for a single one: all cores."""
+    several = settings.web_processes > 1
+    return max(1, (os.cpu_count() or 1) // settings.web_processes) if several else 0
 
 
 @contextmanager
@@ -180,7 +154,7 @@ class Service:
         self.settings = settings
         self.registry = open_registry(settings)
         self._configured = configured_version(settings)
-        self._active = ActiveVersions(self.registry, settings, FAMILY, lambda: self._model()[0])
+        self._active = ActiveVersions(self.registry, settings, lambda: self._model()[0])
         self.images = ImageSource(
             make_fetcher(settings),
             max_pixels=settings.image_max_megapixels * 10**6,
@@ -189,7 +163,7 @@ class Service:
         self._clicked = settings.data_dir / CLICKED
         self.answers = AnswerStore(settings.data_dir / "answers.sqlite", limit=settings.remembered_answers)
         self.inbox = Inbox(settings.data_dir / "inbox.sqlite")
-        self.hand_over = HandOver(settings)
+        self.hand_over = HandOver(settings, self.inbox)
         self.shapes: BoundedCache[Any] = BoundedCache(64 * 2**20)  # answers ready to send, by approximate bytes
         self._states: BoundedCache[State] = BoundedCache(_STATES)
         self._segmenter: Segmenter | None = None
@@ -208,6 +182,7 @@ class Service:
         """Begin to load the model in a thread of its own; a second call does nothing."""
         with self._starting:
             if self._loader is None:
+                self.hand_over.begin()
                 self._loader = threading.Thread(target=self._load, name="load-model", daemon=True)
                 self._loader.start()
 
@@ -233,6 +208,15 @@ class Service:
         return self._segmenter is not None
 
     @property
+    def loaded(self) -> tuple[str, str | None] | None:
+        """The names of base weights and adapter that are loaded, once they are."""
+        return None if self._segmenter is None else (self._segmenter.version, self._segmenter.adapter)
+
+    def lines(self) -> dict[str, str]:
+        """Return the names of what serves, by line; `configured`: what serves where no line has a version."""
+        return {"configured": self._configured, **self._active.in_effect()}
+
+    @property
     def failure(self) -> str | None:
         """Why the model could not be loaded, if it could not."""
         return str(self._failure) if self._failure else None
@@ -241,23 +225,17 @@ class Service:
         settings = self.settings
         start = time.perf_counter()
         try:
-            segmenter = load_segmenter(
-                FAMILY,
-                WEIGHTS,
+            segmenter = load_model(
+                settings,
                 adapter=adapter_file(settings),
-                device=settings.device,
-                encoder=settings.encoder,
-                threads=settings.compute_threads,
-                compiled=settings.cache_dir,
+                threads=settings.compute_threads or _share_of_cores(settings),
             )
             self._cache = EmbeddingCache(
-                settings.data_dir / "embeddings" / segmenter.encoding,
+                settings.shared / "embeddings" / segmenter.encoding,
                 memory_bytes=settings.embedding_memory_mb * 2**20,
                 disk_bytes=settings.embedding_disk_mb * 2**20,
             )
             self._segmenter = segmenter
-            metrics.READY.set(1)
-            metrics.MODEL.info({"base": segmenter.version, "adapter": segmenter.adapter or "none"})
             log.info(
                 "model %s with adapter %s is loaded after %.1f s",
                 *(segmenter.encoding, segmenter.adapter or "none", time.perf_counter() - start),
@@ -280,7 +258,7 @@ class Service:
     def versions(self, project: str | int | None) -> list[str]:
         """Return the names of all versions that may answer a project: the one that does, then the others by line."""
         names = [
-            version_name(FAMILY, self.registry.base, line, version.id)
+            version_name(self.settings.family, self.registry.base, line, version.id)
             for line in lines_of(self.settings, project)
             for version in reversed(self.registry.versions(line))
         ]
@@ -297,6 +275,28 @@ class Service:
         """
         segmenter, _ = self._model()
         return self._active.serving(project) or Serving(segmenter, self._configured)
+
+    def segmenter_of(self, line: str, version: str | None) -> Segmenter:
+        """Return the model with any version of a line, whether it serves or not (None: the configured adapter).
+
+        Raises:
+            Refusal: the model or the version could not be loaded.
+        """
+        return self._model()[0] if version is None else self._active.load(line, version).segmenter
+
+    def encode_kept(self, image_id: str, read: Callable[[], RGBImage]) -> Encoded:
+        """Return an image of this digest as it is encoded; `read` gives its pixels where no cache has it.
+
+        Raises:
+            Refusal: the model could not be loaded, or what `read` raises.
+        """
+        segmenter, cache = self._model()
+        return cache.get_or_encode(image_id, lambda: segmenter.encode(read()))
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of encoded images in this process's memory."""
+        return 0 if self._cache is None else self._cache.memory_bytes
 
     def _model(self) -> tuple[Segmenter, EmbeddingCache]:
         self.start()

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from active_learning.registry import SHARED, AdapterRegistry, line_of
+from ml_backend import metrics
 from ml_backend.settings import Settings
 from model.segmenter import Segmenter
 
@@ -75,20 +76,16 @@ def version_name(family: str, base: str, line: str, version: str) -> str:
 class ActiveVersions:
     """The versions that lines serve in this process; may be asked from many threads."""
 
-    def __init__(
-        self, registry: AdapterRegistry, settings: Settings, family: str, segmenter: Callable[[], Segmenter]
-    ) -> None:
+    def __init__(self, registry: AdapterRegistry, settings: Settings, segmenter: Callable[[], Segmenter]) -> None:
         """Prepare; nothing is read or started before the first question.
 
         Args:
             registry: where versions are kept.
             settings: decide which lines serve a project.
-            family: of the base weights, for the names of versions.
             segmenter: gives a segmenter of these weights, waiting while it is loaded.
         """
         self._registry = registry
         self._settings = settings
-        self._family = family
         self._segmenter = segmenter
         self._lock = threading.Lock()
         self._lines: dict[str, _Line] = {}  # those that have had an active version
@@ -124,13 +121,20 @@ class ActiveVersions:
                 return self._name(line, version)
         return None
 
+    def in_effect(self) -> dict[str, str]:
+        """Return the names of the versions that serve, by line."""
+        self._begin()
+        with self._lock:
+            lines = {name: line.version for name, line in self._lines.items()}
+        return {name: self._name(name, version) for name, version in lines.items() if version is not None}
+
     def failures(self) -> list[str]:
         """Return a sentence for each line whose active version cannot be loaded."""
         with self._lock:
             return [line.why for line in self._lines.values() if line.why is not None]
 
     def _name(self, line: str, version: str) -> str:
-        return version_name(self._family, self._registry.base, line, version)
+        return version_name(self._settings.family, self._registry.base, line, version)
 
     def _begin(self) -> None:
         with self._lock:
@@ -179,7 +183,7 @@ class ActiveVersions:
         """Load a version, then have it answer from the next request on, unless yet another is wanted by now."""
         line = self._lines[name]
         try:
-            self._load(name, wanted)
+            self.load(name, wanted)
             now = self._registry.active_id(name)
         except Exception as error:
             with self._lock:
@@ -201,7 +205,7 @@ class ActiveVersions:
                 self._loaded.move_to_end((name, version))
                 return self._loaded[name, version]
         try:
-            return self._load(name, version)
+            return self.load(name, version)
         except Exception as error:
             with self._lock:
                 line = self._lines[name]
@@ -209,7 +213,12 @@ class ActiveVersions:
                 self._blame(line, name, version, error)
             return None
 
-    def _load(self, name: str, version: str) -> Serving:
+    def load(self, name: str, version: str) -> Serving:
+        """Return any version of a line, loaded now if it was not yet.
+
+        Raises:
+            Refusal: it cannot be loaded.
+        """
         segmenter = self._segmenter()
         with self._one_load:
             with self._lock:
@@ -218,7 +227,9 @@ class ActiveVersions:
             start = time.perf_counter()
             path = self._registry.intact(self._registry.get(name, version))
             found = Serving(segmenter.with_adapter(path), self._name(name, version))
-            log.info("%s is loaded after %.2f s", found.model_version, time.perf_counter() - start)
+            took_s = time.perf_counter() - start
+            metrics.STEP.labels("load_adapter").observe(took_s)
+            log.info("%s is loaded after %.2f s", found.model_version, took_s)
             with self._lock:
                 self._loaded[name, version] = found
                 while len(self._loaded) > _KEPT:
@@ -232,4 +243,5 @@ class ActiveVersions:
         why = f"line {name}: {error}; {serves}. To choose another: {command}"
         if why != line.why:
             log.error("%s", why)
+            metrics.ADAPTER_FAILURES.inc()
         line.failed, line.failed_s, line.why = version, time.monotonic(), why

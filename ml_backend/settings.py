@@ -5,22 +5,34 @@ Names are `GRACO_` + the field's name in capitals; Label Studio's address and to
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+_SECRETS = ("password", "webhook_secret", "admin_password", "session_secret")
 
 
 class Settings(BaseSettings):
     """What an operator may choose; a wrong value stops the start with a sentence naming the variable."""
 
-    model_config = SettingsConfigDict(env_prefix="GRACO_", env_ignore_empty=True, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="GRACO_", env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True
+    )
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 lets other machines and containers in")
     port: int = Field(9090, ge=1, le=65535, description="port to listen on")
     threads: int = Field(16, ge=4, le=256, description="requests answered at a time; a quarter is kept for /health")
     data_dir: Path = Field(Path("data"), description="where embeddings, remembered answers and Redis keep their files")
+
+    web_processes: int = Field(
+        1, ge=1, le=64, description="processes that answer requests, each with a model of its own"
+    )
+    shared_dir: Path | None = Field(
+        None, description="folder of adapters, trainings and embeddings that several machines see; none: data_dir"
+    )
 
     cache_dir: Path = Field(
         Path("~/.cache/graco"), description="where the encoder compiled for this machine is kept; can be made again"
@@ -31,10 +43,51 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("LABEL_STUDIO_URL", "label_studio_url"),
         description="Label Studio's address as this backend reaches it, with its sub-path if it has one",
     )
+    label_studio_api_key_file: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("LABEL_STUDIO_API_KEY_FILE", "label_studio_api_key_file"),
+        description="file that holds the token",
+    )
     label_studio_api_key: SecretStr | None = Field(
         None,
+        validate_default=True,
         validation_alias=AliasChoices("LABEL_STUDIO_API_KEY", "label_studio_api_key"),
         description="a Label Studio token, legacy or personal access, to read task images",
+    )
+
+    auth: Literal["on", "off"] = Field("on", description="whether requests need a password or secret; off: none does")
+    username: str = Field(
+        "label-studio", pattern=r"^[!-9;-~]+$", description="user that Label Studio gives with basic auth"
+    )
+    password_file: Path | None = Field(None, description="file that holds the password")
+    password: SecretStr | None = Field(
+        None, validate_default=True, description="password that Label Studio gives with basic auth; none: one is made"
+    )
+    webhook_secret_file: Path | None = Field(None, description="file that holds the webhook secret")
+    webhook_secret: SecretStr | None = Field(
+        None, validate_default=True, description="what webhooks carry as X-Graco-Secret; none: one is made"
+    )
+    admin_password_file: Path | None = Field(None, description="file that holds the admin's password")
+    admin_password: SecretStr | None = Field(
+        None, validate_default=True, description="opens the admin page, with the user admin; none: one is made"
+    )
+    session_secret_file: Path | None = Field(None, description="file that holds the session secret")
+    session_secret: SecretStr | None = Field(
+        None, validate_default=True, description="signs the admin page's sessions; none: one is made"
+    )
+    proxies: int = Field(0, ge=0, le=8, description="reverse proxies in front, whose X-Forwarded- headers are believed")
+    requests_per_minute: int = Field(12_000, ge=0, description="requests answered to one address in a minute; 0: all")
+    request_max_tasks: int = Field(5000, ge=1, description="tasks answered in one batch prediction")
+
+    family: Literal["light", "graco"] = Field(
+        "light", description="model: light, the default, or graco: published SimpleClick and GraCo checkpoints"
+    )
+    weights: str | None = Field(None, description="imported base that graco serves; none: the only one there is")
+    speed: Literal["exact", "fast"] = Field(
+        "exact", description="how graco runs: exact, as the published code answers, or fast, in half precision"
+    )
+    input_size: int = Field(
+        0, ge=0, le=2016, description="side in pixels of what graco looks at, such as 672; 0: that of the weights"
     )
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the network runs")
@@ -43,7 +96,8 @@ class Settings(BaseSettings):
     )
     compute_threads: int = Field(0, ge=0, description="CPU threads of one network run; 0: one per core")
     adapter: Literal["bundled", "none"] | Path = Field(
-        "bundled", description="granularity adapter: bundled, none (base weights alone), or the file of your own"
+        "bundled",
+        description="granularity adapter: bundled (of graco: the imported one), none (base weights alone), or a file",
     )
 
     embedding_memory_mb: int = Field(256, ge=8, description="encoded images kept in memory")
@@ -86,14 +140,70 @@ class Settings(BaseSettings):
 
     reconcile_minutes: float = Field(10, ge=0, description="minutes between looks for what webhooks lost; 0: never")
 
+    next_tasks: Literal["on", "off"] = Field(
+        "on", description="score unlabelled tasks by each new version, in projects that are on uncertainty sampling"
+    )
+
     redis_url: str | None = Field(None, description="Redis to use; none: a bundled server under the data directory")
+    ledger: Literal["here", "elsewhere"] = Field(
+        "here", description="where corrections are kept: here, or by another machine's worker on the same Redis"
+    )
+    rq_dashboard_url: str | None = Field(
+        None, pattern=r"^(https?://|/)\S+$", description="where you run rq-dashboard; the admin page links to it"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="how much is logged")
     log_json: bool = Field(False, description="log lines as JSON instead of readable text")
 
-    @field_validator("data_dir", "cache_dir")
+    def secrets(self) -> list[str]:
+        """Return all passwords and tokens that are set, so that no log shows them."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        return [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
+
+    @property
+    def shared(self) -> Path:
+        """Where adapters, trainings and embeddings are: plain files that appear by rename, which machines can share."""
+        return self.shared_dir or self.data_dir
+
+    @field_validator("data_dir", "cache_dir", "shared_dir")
     @classmethod
-    def _expand_home(cls, value: Path) -> Path:
-        return value.expanduser()
+    def _expand_home(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser()
+
+    @field_validator("ledger")
+    @classmethod
+    def _check_ledger(cls, value: str, info: ValidationInfo) -> str:
+        if value == "elsewhere" and not (info.data.get("redis_url") and info.data.get("shared_dir")):
+            raise ValueError("one elsewhere is reached through GRACO_REDIS_URL and GRACO_SHARED_DIR: set both")
+        return value
+
+    @field_validator(*_SECRETS, "label_studio_api_key", mode="before")
+    @classmethod
+    def _read_file(cls, value: object, info: ValidationInfo) -> object:
+        path = info.data.get(f"{info.field_name}_file")
+        if path is None:
+            return value
+        if value is not None:
+            raise ValueError("it is given, and a file for it as well: unset one of them")
+        if not path.is_absolute():
+            raise ValueError(f"give its file {path} with the whole path: processes run in several folders")
+        try:
+            return path.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"its file {path} cannot be read ({type(error).__name__})") from error
+
+    @field_validator("username")
+    @classmethod
+    def _check_username(cls, value: str) -> str:
+        if value == "admin":
+            raise ValueError("admin is the admin's own user; give Label Studio another")
+        return value
+
+    @field_validator(*_SECRETS)
+    @classmethod
+    def _check_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[!-~]{12,200}", value.get_secret_value()):
+            raise ValueError("it needs 12 to 200 ASCII letters, digits and signs, without spaces")
+        return value
 
     @field_validator("adapter")
     @classmethod

@@ -4,6 +4,9 @@ The backend runs as users run it, in processes of its own with a Redis, on an em
 mask's own level until the answer is good or the annotator would take the brush, submits what it wanted as a webhook,
 presses Start Training now and then, and waits until the new version serves. Before and after, the robot counts its
 clicks on the photos that no training sees, and on the bundled reference set.
+
+Which photo comes next is random, or what `next_tasks` would have Label Studio show (`active`): scored anew after each
+training, by the version that serves. With `both` two teams work, each at a backend of its own, one after the other.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import http.server
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -20,24 +24,32 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import requests
+from matplotlib.figure import Figure
 
 from active_learning.bundle import bundled_sets
 from active_learning.corrections import held_out
-from active_learning.gate import ObjectCurve, Scores, objects_of, scores_of
+from active_learning.gate import objects_of
+from active_learning.scores import ObjectCurve, Scores, scores_of
+from active_learning.selection import priorities
 from active_learning.status import ENDED, TrainingFolder, TrainingStatus
 from ml_backend import brush
+from ml_backend.images import TaskImage
 from ml_backend.label_config import make_config
+from ml_backend.next_tasks import look_at
+from ml_backend.service import Service
+from ml_backend.settings import Settings
 from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet
-from model.evaluation.report import draw_click_curves
+from model.evaluation.report import draw_cell, draw_click_curves, draw_rows
 from model.metrics import iou
 from model.robot import next_click
 from model.types import Click, Granularity, Mask, Refusal
@@ -45,12 +57,15 @@ from model.types import Click, Granularity, Mask, Refusal
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
+Order = Literal["random", "active"]
 PROJECT = 1
 _LEVELS = tuple(level / 10 for level in range(1, 11))
 _CLASS = "Object"
+_USER = "simulated"
 _START_S = 180.0
 _TRAINING_S = 1800.0
 _LEAST_AREA = 0.001  # of the photo: what is smaller nobody clicks
+_SHOWN = 8  # hold-out objects whose masks are drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +77,26 @@ class Plan:
     patience: int = 5  # clicks until the annotator takes the brush, when it annotates
     limit: int = 40  # objects measured of hold-out and reference
     seed: int = 0
+    orders: tuple[Order, ...] = ("random",)  # in which photos come, a team for each
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Shown:
+    """An object and the answer to its first click."""
+
+    image: AnnotatedImage
+    mask: AnnotatedMask
+    click: Click
+    answer: Mask
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Attempt:
+    """How the robot got on with an object."""
+
+    ious: tuple[float, ...]  # after each click
+    region: str  # id of the one offered last
+    first: Shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +110,11 @@ class Round:
     holdout: Scores
     reference: Scores
     said: str = ""
+    shown: tuple[Shown, ...] = ()  # of the hold-out, the same ones each time
+
+    def to_json(self) -> Json:
+        """Return the figures as plain values, without the pictures."""
+        return asdict(replace(self, shown=())) | {"shown": len(self.shown)}
 
 
 class Backend:
@@ -106,6 +146,11 @@ class Backend:
             "GRACO_TRAIN_TOO_FEW": "publish",  # an admin who says yes
             "GRACO_REDIS_URL": "",
             "LABEL_STUDIO_URL": "",
+            "GRACO_SHARED_DIR": "",
+            "GRACO_LEDGER": "",
+            "GRACO_USERNAME": _USER,
+            "GRACO_PASSWORD": secrets.token_urlsafe(),
+            "GRACO_PASSWORD_FILE": "",
         }
         self._log = (data_dir / "simulate.log").open("ab")
         self._process = subprocess.Popen(
@@ -116,6 +161,7 @@ class Backend:
             start_new_session=True,
         )
         self.session = requests.Session()
+        self.session.auth = _USER, settings["GRACO_PASSWORD"]
         try:
             self._wait()
         except BaseException:
@@ -207,18 +253,20 @@ class Worker:
                 return brush.decode(region["value"]["rle"], height=size[0], width=size[1]), region["id"]
         raise Refusal(f"no mask for task {task['id']}: {json.dumps(answer)[:300]}")
 
-    def curve(self, task: Json, image: AnnotatedImage, mask: AnnotatedMask, budget: int, until: float) -> ObjectCurve:
-        """Return how the robot gets on with one object; the last value is held once `until` is reached."""
-        ious, _ = self.annotate(task, image, mask, budget, until)
-        held = (*ious, *ious[-1:] * (budget - len(ious)))
-        level = image.level_of(mask)
-        return ObjectCurve(object=f"{task['id']}/{mask.id}", name=mask.name, level=level.level, ious=held)
-
-    def annotate(
+    def curve(
         self, task: Json, image: AnnotatedImage, mask: AnnotatedMask, budget: int, until: float
-    ) -> tuple[list[float], str]:
-        """Return the IoU after each click, and the id of the last region offered."""
+    ) -> tuple[ObjectCurve, Shown]:
+        """Return how the robot gets on with one object, the last value held once `until` is reached; and its start."""
+        tried = self.annotate(task, image, mask, budget, until)
+        held = (*tried.ious, *tried.ious[-1:] * (budget - len(tried.ious)))
+        level = image.level_of(mask)
+        curve = ObjectCurve(object=f"{task['id']}/{mask.id}", name=mask.name, level=level.level, ious=held)
+        return curve, tried.first
+
+    def annotate(self, task: Json, image: AnnotatedImage, mask: AnnotatedMask, budget: int, until: float) -> Attempt:
+        """Click at an object until the answer is good, or the budget is spent."""
         truth, region = mask.mask(), ""
+        shown: Shown | None = None
         height, width = truth.shape
         answer = np.zeros_like(truth)
         clicks: list[Click] = []
@@ -230,7 +278,9 @@ class Worker:
             clicks.append(click)
             answer, region = self.click(task, (height, width), clicks, image.level_of(mask))
             ious.append(iou(answer, truth))
-        return ious, region
+            shown = shown or Shown(image=image, mask=mask, click=click, answer=answer)
+        assert shown is not None, "a mask has a place to click at"
+        return Attempt(ious=tuple(ious), region=region, first=shown)
 
     def submit(self, number: int, task: Json, masks: Sequence[tuple[AnnotatedMask, str]]) -> None:
         """Submit an annotation: of each mask the truth, in the region that was offered last."""
@@ -302,13 +352,13 @@ def simulate(
     data_dir: Path,
     *,
     say: Callable[[str], None] = lambda _: None,
-) -> list[Round]:
-    """Return what was measured before any correction and after each round.
+) -> dict[Order, list[Round]]:
+    """Return for each order what was measured before any correction and after each round.
 
     Args:
         found: annotated photos of the new domain, all splits; which are held out, their digests decide.
         plan: what to do.
-        data_dir: an empty folder for the backend.
+        data_dir: an empty folder for the backends, a folder for each.
         say: told what happens.
 
     Raises:
@@ -321,27 +371,44 @@ def simulate(
         raise Refusal(
             f"{found.name} has {len(work)} photos with masks, {len(holdout.images)} held out; more are needed"
         )
-    _, reference = bundled_sets()
     np.random.default_rng(plan.seed).shuffle(work)  # type: ignore[arg-type]
-    with _photos([*clickable.images, *reference.images]) as photos, _running(data_dir, photos) as backend:
+
+    def tell(order: Order) -> Callable[[str], None]:
+        return lambda text: say(f"{order} order, {text}" if len(plan.orders) > 1 else text)
+
+    return {order: _team(order, work, holdout, plan, data_dir / order, tell(order)) for order in plan.orders}
+
+
+def _team(
+    order: Order,
+    work: Sequence[AnnotatedImage],
+    holdout: AnnotationSet,
+    plan: Plan,
+    data_dir: Path,
+    say: Callable[[str], None],
+) -> list[Round]:
+    _, reference = bundled_sets()
+    with _photos([*work, *reference.images]) as photos, _running(data_dir, photos) as backend:
         worker = Worker(backend=backend, config=make_config([_CLASS], levels=_LEVELS))
 
-        def measure(images: AnnotationSet, first: int) -> Scores:
-            curves = []
+        def measure(images: AnnotationSet, first: int) -> tuple[Scores, tuple[Shown, ...]]:
+            tried = []
             for number, (image, masks) in enumerate(objects_of(images, plan.limit)):
                 task = {"id": first + number, "data": {"image": backend.photo(_name(image))}}
-                curves += [worker.curve(task, image, mask, plan.budget, 0.90) for mask in masks]
-            return scores_of(curves)
+                tried += [worker.curve(task, image, mask, plan.budget, 0.90) for mask in masks]
+            return scores_of([curve for curve, _ in tried]), tuple(shown for _, shown in tried[:_SHOWN])
 
         def look(corrections: int, status: TrainingStatus | None, seconds: float | None) -> Round:
+            scores, shown = measure(holdout, 10_000)
             made = Round(
                 corrections=corrections,
                 version=backend.version(),
                 state="" if status is None else status.state,
                 seconds_to_serving=seconds,
-                holdout=measure(holdout, 10_000),
-                reference=measure(reference, 20_000),
+                holdout=scores,
+                reference=measure(reference, 20_000)[0],
                 said="" if status is None else status.said,
+                shown=shown,
             )
             say(
                 f"{corrections} corrections, {made.version} {made.state}: NoC@85 {made.holdout.noc85:.2f}, "
@@ -351,20 +418,58 @@ def simulate(
 
         rounds = [look(0, None, None)]
         corrections = 0
-        left = iter(enumerate(work, 1))
+        left, done = dict(enumerate(work, 1)), dict[int, AnnotatedImage]()
         for wanted in plan.rounds:
-            while corrections < wanted and (following := next(left, None)) is not None:
-                number, image = following
+            following = _by_use(backend, left, done) if order == "active" else list(left)
+            while corrections < wanted and following:
+                number = following.pop(0)
+                image = done[number] = left.pop(number)
                 task = {"id": number, "data": {"image": backend.photo(_name(image))}}
                 offered = []
                 for mask in image.masks[: wanted - corrections]:
-                    _, region = worker.annotate(task, image, mask, plan.patience, 0.90)
-                    offered.append((mask, region))
+                    tried = worker.annotate(task, image, mask, plan.patience, 0.90)
+                    offered.append((mask, tried.region))
                 worker.submit(number, task, offered)
                 corrections += len(offered)
             status, seconds = worker.train()
             rounds.append(look(corrections, status, seconds))
         return rounds
+
+
+def _by_use(backend: Backend, left: dict[int, AnnotatedImage], done: dict[int, AnnotatedImage]) -> list[int]:
+    """Return the tasks that are left, the most useful first, by the version that serves now."""
+    settings = Settings(
+        data_dir=backend.data_dir,
+        allow_hosts=("127.0.0.1",),
+        label_studio_url=None,
+        label_studio_api_key=None,
+        redis_url=None,
+        shared_dir=None,
+        ledger="here",
+    )
+    service = Service(settings)
+    try:
+        service.start()
+        until_s = time.monotonic() + _START_S
+        while not (service.ready or service.failure) and time.monotonic() < until_s:
+            time.sleep(0.2)
+        serving = service.serving(PROJECT)
+
+        def looks(images: dict[int, AnnotatedImage], **how: int) -> dict[int, tuple[Any, Any]]:
+            addresses = {number: TaskImage(number, backend.photo(_name(image))) for number, image in images.items()}
+            return {number: look_at(service, serving.segmenter, one, **how) for number, one in addresses.items()}
+
+        seen, known = looks(left), looks(done, clicks=0)
+    finally:
+        service.close()
+    labelled = [vector for _, vector in known.values()]
+    return list(
+        priorities(
+            {number: found.value for number, (found, _) in seen.items()},
+            {number: vector for number, (_, vector) in seen.items()},
+            np.stack(labelled) if labelled else np.empty((0, 1), np.float32),
+        )
+    )
 
 
 def _clickable(image: AnnotatedImage) -> AnnotatedImage:
@@ -396,22 +501,54 @@ def _running(data_dir: Path, photos: Path) -> Iterator[Backend]:
         backend.close()
 
 
-def write_report(path: Path, found: AnnotationSet, plan: Plan, rounds: Sequence[Round]) -> Json:
-    """Write the report and curves beside it, and return it."""
-    first, last = rounds[0], rounds[-1]
-    seconds = [one.seconds_to_serving for one in rounds if one.seconds_to_serving is not None]
+def corrections_until(rounds: Sequence[Round], target: float) -> float | None:
+    """Return the corrections after which the hold-out's NoC@85 was as low as this, between rounds by the straight line.
+
+    None where it never was.
+    """
+    best = float("inf")
+    points = [(one.corrections, best := min(best, one.holdout.noc85)) for one in rounds]
+    if points[0][1] <= target:
+        return float(points[0][0])
+    for (before, high), (after, low) in pairwise(points):
+        if low <= target:
+            return before + (after - before) * (high - target) / (high - low)
+    return None
+
+
+def compared(arms: Mapping[Order, Sequence[Round]]) -> Json | None:
+    """Return the corrections that each order needs to the lowest NoC@85 that both reach, and active over random.
+
+    None where one of them did not work, or did not get better.
+    """
+    if not {"random", "active"} <= arms.keys():
+        return None
+    target = max(min(one.holdout.noc85 for one in arms[order]) for order in ("random", "active"))
+    needed = {order: corrections_until(arms[order], target) for order in ("random", "active")}
+    if not needed["random"] or not needed["active"]:
+        return None
+    return {"noc85": target, **needed, "ratio": needed["active"] / needed["random"]}
+
+
+def write_report(path: Path, found: AnnotationSet, plan: Plan, arms: Mapping[Order, Sequence[Round]]) -> Json:
+    """Write the report, and pictures beside it, and return it.
+
+    Beside REPORT.json: REPORT.png, IoU over clicks; REPORT-corrections.png, clicks over corrections; and
+    REPORT-<order>.png, masks of a few hold-out objects after the first click, round by round.
+
+    Args:
+        path: the JSON file.
+        found: what was annotated.
+        plan: how.
+        arms: what `simulate` returned; the figures at the top are of the first order.
+    """
+    first = next(iter(arms.values()))
     report = {
         "data": found.name,
         "plan": asdict(plan),
-        "corrections": last.corrections,
-        "noc85_before": first.holdout.noc85,
-        "noc85_after": last.holdout.noc85,
-        "noc90_before": first.holdout.noc90,
-        "noc90_after": last.holdout.noc90,
-        "noc90_reference_before": first.reference.noc90,
-        "noc90_reference_after": last.reference.noc90,
-        "seconds_to_serving": fmean(seconds) if seconds else None,
-        "rounds": [asdict(one) for one in rounds],
+        **_figures(first),
+        "active_against_random": compared(arms),
+        "orders": {name: _figures(rounds) | {"rounds": [r.to_json() for r in rounds]} for name, rounds in arms.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
@@ -420,8 +557,57 @@ def write_report(path: Path, found: AnnotationSet, plan: Plan, rounds: Sequence[
     draw_click_curves(
         path.with_suffix(".png"),
         {
-            name: {f"{one.corrections} corrections": getattr(one, side).curve for one in rounds}
+            f"{name}, {order} order": {f"{one.corrections} corrections": getattr(one, side).curve for one in rounds}
+            for order, rounds in arms.items()
             for name, side in (("hold-out", "holdout"), ("reference set", "reference"))
         },
     )
+    _draw_corrections(path.with_name(f"{path.stem}-corrections.png"), arms)
+    for order, rounds in arms.items():
+        _draw_masks(path.with_name(f"{path.stem}-{order}.png"), rounds)
     return report
+
+
+def _figures(rounds: Sequence[Round]) -> Json:
+    first, last = rounds[0], rounds[-1]
+    seconds = [one.seconds_to_serving for one in rounds if one.seconds_to_serving is not None]
+    return {
+        "corrections": last.corrections,
+        "noc85_before": first.holdout.noc85,
+        "noc85_after": last.holdout.noc85,
+        "noc90_before": first.holdout.noc90,
+        "noc90_after": last.holdout.noc90,
+        "noc90_reference_before": first.reference.noc90,
+        "noc90_reference_after": last.reference.noc90,
+        "seconds_to_serving": fmean(seconds) if seconds else None,
+    }
+
+
+def _draw_corrections(path: Path, arms: Mapping[Order, Sequence[Round]]) -> None:
+    drawing = Figure(figsize=(12, 5), layout="constrained")
+    sides = (("hold-out, NoC@85", "holdout", "noc85"), ("reference set, NoC@90", "reference", "noc90"))
+    for axes, (title, side, figure) in zip(drawing.subplots(1, 2), sides, strict=True):
+        for order, rounds in arms.items():
+            values = [getattr(getattr(one, side), figure) for one in rounds]
+            axes.plot([one.corrections for one in rounds], values, "o-", label=f"{order} order")
+        axes.set(title=title, xlabel="corrections", ylabel="clicks")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    draft = path.with_name(f".draft-{path.name}")
+    drawing.savefig(draft, dpi=90)
+    draft.replace(path)
+
+
+def _draw_masks(path: Path, rounds: Sequence[Round]) -> None:
+    """Draw a row for each object that is shown: photo and click, and the answer of each round."""
+    rows = []
+    for answers in zip(*(one.shown for one in rounds), strict=True):
+        image, mask, click = answers[0].image, answers[0].mask, answers[0].click
+        pixels, truth = image.pixels(), mask.mask()
+        cells = [draw_cell(pixels, None, truth, click, mask.name)]
+        for one, shown in zip(rounds, answers, strict=True):
+            label = f"{one.corrections} corrections: {iou(shown.answer, truth):.2f}"
+            cells.append(draw_cell(pixels, shown.answer, truth, shown.click, label))
+        rows.append(cells)
+    draw_rows(path, rows)

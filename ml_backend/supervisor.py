@@ -18,6 +18,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
+
+from prometheus_client.multiprocess import mark_process_dead
 
 from ml_backend.settings import Settings
 
@@ -75,10 +78,12 @@ def _bracketed(host: str) -> str:
 
 
 def web_command(settings: Settings) -> list[str]:
-    """Return how gunicorn is started: one process, threads, the app loaded after the fork."""
+    """Return how gunicorn is started: processes and threads of the settings, the app loaded after the fork."""
+    here = Path(__file__).resolve().parent
     return [
-        *(sys.executable, "-m", "gunicorn", "_wsgi:app", "--chdir", str(Path(__file__).resolve().parent.parent)),
-        *("--bind", f"{_bracketed(settings.host)}:{settings.port}", "--workers", "1", "--worker-class", "gthread"),
+        *(sys.executable, "-m", "gunicorn", "_wsgi:app", "--chdir", str(here.parent)),
+        *("--config", f"file:{here / 'gunicorn_settings.py'}", "--workers", str(settings.web_processes)),
+        *("--bind", f"{_bracketed(settings.host)}:{settings.port}", "--worker-class", "gthread"),
         *("--threads", str(settings.threads), "--timeout", "120", "--graceful-timeout", "10", "--keep-alive", "30"),
         *("--log-level", "warning"),
     ]
@@ -94,19 +99,55 @@ def run(settings: Settings) -> int:
         except OSError:
             log.error("another run uses %s already; stop that one, or set GRACO_DATA_DIR and GRACO_PORT", data_dir)
             return 1
-        return _watch(_children(settings, data_dir), lock.fileno())
+        metrics = fresh_metrics_folder()
+        try:
+            return _watch(_children(settings, data_dir, metrics), lock.fileno(), metrics)
+        finally:
+            shutil.rmtree(metrics, ignore_errors=True)
 
 
-def _children(settings: Settings, data_dir: Path) -> list[_Child]:
-    environment = {  # the web process runs in another folder
-        "GRACO_DATA_DIR": str(data_dir),
+def fresh_metrics_folder() -> Path:
+    """Return an empty folder for PROMETHEUS_MULTIPROC_DIR, in which processes of one machine count together.
+
+    Its files are named by process id, so that it serves one start and one process namespace.
+    """
+    return Path(tempfile.mkdtemp(prefix="graco-metrics-"))
+
+
+def become(settings: Settings, name: str) -> NoReturn:
+    """Replace this process by one of those that `run` starts: web, worker or trainer.
+
+    They meet at the Redis of GRACO_REDIS_URL.
+    """
+    command = web_command(settings) if name == "web" else _command(name)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | _whereabouts(settings, fresh_metrics_folder()) | _heap(name)
+    os.execve(command[0], command, environment)
+
+
+def _command(name: str) -> list[str]:
+    return [sys.executable, "-m", "ml_backend", name]
+
+
+def _whereabouts(settings: Settings, metrics: Path) -> dict[str, str]:
+    """Return the folders as every process finds them; the web process runs in another one."""
+    return {
+        "PROMETHEUS_MULTIPROC_DIR": str(metrics),
+        "GRACO_SHARED_DIR": str(settings.shared.resolve()),
+        "GRACO_DATA_DIR": str(settings.data_dir.resolve()),
         "GRACO_CACHE_DIR": str(settings.cache_dir.resolve()),
         "GRACO_ADAPTER": str(settings.adapter),
     }
-    children: list[_Child] = []
 
-    def given(heap: dict[str, str]) -> dict[str, str]:
-        return {name: value for name, value in heap.items() if name not in os.environ}
+
+def _heap(name: str) -> dict[str, str]:
+    heap = {"web": _HEAP, "trainer": _TRAINING_HEAP}.get(name, {})
+    return {variable: value for variable, value in heap.items() if variable not in os.environ}
+
+
+def _children(settings: Settings, data_dir: Path, metrics: Path) -> list[_Child]:
+    environment = _whereabouts(settings, metrics)
+    children: list[_Child] = []
 
     if settings.redis_url is None:
         server = redis_server()
@@ -122,12 +163,10 @@ def _children(settings: Settings, data_dir: Path) -> list[_Child]:
             socket.unlink(missing_ok=True)
     else:
         environment["GRACO_REDIS_URL"] = settings.redis_url
-    if "GRACO_REDIS_URL" in environment:
-        worker = [sys.executable, "-m", "ml_backend", "worker"]
-        children.append(_Child("worker", worker, vital=False, environment=environment))
-        trainer = [sys.executable, "-m", "ml_backend", "trainer"]
-        children.append(_Child("trainer", trainer, vital=False, environment=environment | given(_TRAINING_HEAP)))
-    children.append(_Child("web", web_command(settings), vital=True, environment=environment | given(_HEAP)))
+    if "GRACO_REDIS_URL" in environment and settings.ledger == "here":
+        children.append(_Child("worker", _command("worker"), vital=False, environment=environment))
+        children.append(_Child("trainer", _command("trainer"), vital=False, environment=environment | _heap("trainer")))
+    children.append(_Child("web", web_command(settings), vital=True, environment=environment | _heap("web")))
     return children
 
 
@@ -138,7 +177,7 @@ def _redis_command(server: str, socket: Path, folder: Path) -> list[str]:
     ]
 
 
-def _watch(children: list[_Child], lock: int) -> int:
+def _watch(children: list[_Child], lock: int, metrics: Path) -> int:
     stopping: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -155,6 +194,7 @@ def _watch(children: list[_Child], lock: int) -> int:
             for child in children:
                 if child.process is None or (code := child.process.poll()) is None:
                     continue
+                mark_process_dead(child.process.pid, str(metrics))  # type: ignore[no-untyped-call]
                 if child.vital:
                     log.error("%s ended with status %d", child.name, code)
                     return code or 1

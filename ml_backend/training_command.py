@@ -55,7 +55,7 @@ def show(
 ) -> None:
     """Show trainings that run, wait or ended, by line."""
     settings: Settings = context.obj
-    folder = settings.data_dir / "trainings"
+    folder = settings.shared / "trainings"
     lines = lines_in(folder) if project is None else [_line(settings, project)]
     table = Table("training", "asked, UTC", "why", "state", "masks", "steps", "loss", "left", "version", "said")
     for line in lines:

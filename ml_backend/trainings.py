@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
+import re
 import resource
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -21,11 +26,13 @@ from typing import TYPE_CHECKING
 import redis
 from rq import Queue, Worker
 from rq.exceptions import DuplicateJobError, StopRequested
-from rq.job import JobStatus
+from rq.executions import Execution
+from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from active_learning.corrections import CorrectionStore
-from active_learning.status import TrainingFolder, TrainingStatus, lines_in
+from active_learning.status import ENDED, TrainingFolder, TrainingStatus, lines_in
+from ml_backend import logs
 from ml_backend.settings import Settings
 from model.types import Refusal
 
@@ -42,6 +49,8 @@ _DUE_S = 30.0  # between looks at the rules
 _BEGINS_S = 60.0  # from a job's start until it has locked its line
 _MOST_ATTEMPTS = 40  # processes that were killed
 _MOST_ERRORS = 3
+_ROOM_MB = 128  # that the disk has to spare for checkpoints and a version, thrice their size
+_FULL_S = 30.0
 _QUIET_S = 0.4  # without a click before training goes on
 _LONGEST_PAUSE_S = 3.0  # of one step
 
@@ -55,7 +64,7 @@ def line_of(settings: Settings, project: str | int) -> str:
 
 def folder_of(settings: Settings, line: str) -> TrainingFolder:
     """Return the trainings of a line."""
-    return TrainingFolder(settings.data_dir / "trainings", line)
+    return TrainingFolder(settings.shared / "trainings", line)
 
 
 def request(settings: Settings, line: str, reason: str) -> TrainingStatus:
@@ -74,10 +83,16 @@ def requeue(settings: Settings, connection: redis.Redis) -> list[TrainingStatus]
     """
     queued = []
     queue = Queue(TRAINING, connection=connection, serializer=JSONSerializer)
-    for line in lines_in(settings.data_dir / "trainings"):
+    for line in lines_in(settings.shared / "trainings"):
         trainings = folder_of(settings, line)
         status = trainings.pending()
         if status is None or trainings.locked:  # it runs, perhaps as the child of a worker that died
+            continue
+        if lacks_room(settings):
+            if status.said != _waits(settings):
+                log.error("training %s %s", status.id, _waits(settings))
+                with contextlib.suppress(OSError):
+                    trainings.note(status, state="queued", said=_waits(settings))
             continue
         if status.attempts >= _MOST_ATTEMPTS:
             trainings.end(status, "failed", f"its process died {status.attempts} times; see the trainer's log")
@@ -116,7 +131,7 @@ def _enqueue(settings: Settings, queue: Queue, line: str, job_id: str) -> None:
 
 def ask_when_due(settings: Settings, store: CorrectionStore, *, now_s: float) -> list[TrainingStatus]:
     """Ask for the trainings that are due by their rules, and return them."""
-    from active_learning.cycle import When, due, project_of
+    from active_learning.cycle import When, due
 
     night = settings.train_at_night
     when = When(
@@ -128,11 +143,32 @@ def ask_when_due(settings: Settings, store: CorrectionStore, *, now_s: float) ->
     for line in {line_of(settings, project) for project in store.projects()}:
         last = folder_of(settings, line).status()
         last_s = None if last is None else last.asked_s
-        seen_s = 0.0 if last is None else last.snapshot_s or last.asked_s
-        reason = due(when, new=store.new_since(project_of(line), seen_s), last_s=last_s, now_s=now_s)
+        reason = due(when, new=new_for(store, line, last), last_s=last_s, now_s=now_s)
         if reason is not None and folder_of(settings, line).pending() is None:
             asked.append(request(settings, line, reason))
     return asked
+
+
+def new_for(store: CorrectionStore, line: str, last: TrainingStatus | None) -> int:
+    """Return how many corrections of a line came after its last training's snapshot."""
+    from active_learning.registry import project_of
+
+    seen_s = 0.0 if last is None else last.snapshot_s or last.asked_s
+    return store.new_since(project_of(line), seen_s)
+
+
+def why_not(last: TrainingStatus | None, new: int) -> str | None:
+    """Return why asking for a training of a line would bring nothing now, or None.
+
+    Args:
+        last: the line's training that was asked for last.
+        new: corrections that came after its snapshot.
+    """
+    if last is not None and last.state not in ENDED:
+        return f"one is {last.state} already"
+    if new or (last is not None and last.state in ("failed", "cancelled")):
+        return None
+    return "there are no corrections yet" if last is None else "nothing was corrected since the last training"
 
 
 def train(line: str) -> None:
@@ -144,10 +180,14 @@ def train(line: str) -> None:
         status = trainings.pending()
         if not ours or status is None:
             return
-        status = trainings.note(status, state="running", attempts=status.attempts + 1)
         try:
+            said = "" if status.said == _waits(settings) else status.said
+            status = trainings.note(status, state="running", attempts=status.attempts + 1, said=said)
             ended = _carry_out(settings, trainings, status)
         except Exception as error:
+            if _is_full(settings, error):
+                log.error("training %s %s (%s: %s)", status.id, _waits(settings), type(error).__name__, error)
+                return
             now = trainings.pending() or status
             said = f"{type(error).__name__}: {error}"
             now = trainings.note(now, errors=now.errors + 1, said=said)
@@ -155,6 +195,43 @@ def train(line: str) -> None:
                 trainings.end(now, "failed", f"{said} ({now.errors} times; the trainer's log has the details)")
             raise
     log.info("training %s: %s (%s)", ended.id, ended.state, ended.said)
+    if ended.state == "published":
+        _have_tasks_scored(settings, line)
+
+
+def _have_tasks_scored(settings: Settings, line: str) -> None:
+    """Have the tasks of all projects that a line serves scored by its new version."""
+    from active_learning.registry import project_of
+    from ml_backend.jobs import ask_for_scores
+
+    project = project_of(line)
+    with closing(CorrectionStore(settings.data_dir / "corrections.sqlite")) as store:
+        projects = store.projects() if project is None else [project]
+    try:
+        for one in projects:
+            ask_for_scores(settings, one)
+    except OSError as error:  # the version serves all the same, and tasks are scored again within the hour
+        log.warning("tasks are not scored by the new version of %s yet: %s", line, error)
+
+
+def lacks_room(settings: Settings) -> bool:
+    """Whether the disk has too little room for a training, which then waits."""
+    folder = settings.shared
+    return folder.is_dir() and shutil.disk_usage(folder).free < _ROOM_MB * 2**20
+
+
+def _waits(settings: Settings) -> str:
+    return f"waits until {_ROOM_MB} MB are free on the disk of {settings.shared.resolve()}: make room there"
+
+
+def _is_full(settings: Settings, error: Exception) -> bool:
+    """Whether an error came of a full disk; torch and SQLite say so by errors of their own."""
+    if lacks_room(settings):
+        return True
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        time.sleep(_FULL_S)  # by a limit that we cannot ask for: not again at once
+        return True
+    return False
 
 
 def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingStatus) -> TrainingStatus:
@@ -163,21 +240,16 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
     from active_learning.gate import Margins
     from active_learning.images import ImageStore
     from active_learning.registry import AdapterRegistry
-    from ml_backend.service import ADAPTER, CLICKED, FAMILY, WEIGHTS, adapter_file
+    from ml_backend.families import adapter_file, load_model
+    from ml_backend.service import CLICKED
     from model.light.segmenter import LightSegmenter
-    from model.segmenter import load_segmenter
+    from model.segmenter import BUNDLED_ADAPTER
 
     _take_in(settings, status)
     if settings.train_memory_mb:
         _limit_memory(settings.train_memory_mb * 2**20)
-    segmenter = load_segmenter(
-        FAMILY,
-        WEIGHTS,
-        device=settings.train_device,
-        encoder=settings.encoder,
-        threads=settings.train_threads or max(1, (os.cpu_count() or 2) // 2),
-        compiled=settings.cache_dir,
-    )
+    threads = settings.train_threads or max(1, (os.cpu_count() or 2) // 2)
+    segmenter = load_model(settings, adapter=None, device=settings.train_device, threads=threads)
     assert isinstance(segmenter, LightSegmenter)
     data = settings.data_dir
     replay, reference = bundled_sets()
@@ -186,11 +258,11 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
             Workplace(
                 store=store,
                 images=ImageStore(data / "images"),
-                registry=AdapterRegistry(data / "adapters", base=segmenter.digest),
+                registry=AdapterRegistry(settings.shared / "adapters", base=segmenter.digest),
                 segmenter=segmenter,
-                embeddings=data / "embeddings",
+                embeddings=settings.shared / "embeddings",
                 configured=adapter_file(settings),
-                bundled=ADAPTER,
+                bundled=BUNDLED_ADAPTER,
                 replay=replay,
                 reference=reference,
             ),
@@ -221,7 +293,7 @@ def _limit_memory(wanted: int) -> None:
 
 def _take_in(settings: Settings, status: TrainingStatus) -> None:
     """Have everything in the ledger that was submitted: what webhooks lost, and what waits in the inbox."""
-    from active_learning.cycle import project_of
+    from active_learning.registry import project_of
     from ml_backend.ingest import open_intake
     from ml_backend.reconcile import reconcile, take_in
 
@@ -266,8 +338,48 @@ class Patience:
             time.sleep(_QUIET_S - quiet_s + 0.01)
 
 
+def _note_memory(settings: Settings, line: str, most_mb: float) -> None:
+    """Write down that the system ended a training's process for its memory: the next attempt takes smaller steps."""
+    trainings = folder_of(settings, line)
+    status = trainings.pending()
+    if status is None:
+        return
+    log.error("training %s: the system ended its process at %.0f MB, since memory ran out", status.id, most_mb)
+    said = f"memory ran out: the system ended its process, which held {most_mb:.0f} MB; it goes on with smaller steps"
+    with contextlib.suppress(OSError):
+        trainings.note(status, said=said)
+        trainings.note_memory(status)
+
+
+def _ended_for_memory() -> int | None:
+    """Return how many processes the system has ended since it began because memory ran out; None: it does not say."""
+    try:
+        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else int(found[1])
+
+
 class _Worker(Worker):
     stopped = False
+
+    def perform_job(self, job: Job, queue: Queue, execution: Execution) -> bool:
+        with logs.carrying(job.id):  # of the training and its attempt
+            return super().perform_job(job, queue, execution)
+    killed_for_memory: Callable[[str, float], None]
+    _ended_before: int | None = None
+
+    def fork_work_horse(self, job: Job, queue: Queue) -> None:
+        """Begin a job."""
+        self._ended_before = _ended_for_memory()
+        super().fork_work_horse(job, queue)
+
+    def handle_work_horse_killed(self, job: Job, retpid: int, ret_val: int, rusage: resource.struct_rusage) -> None:
+        """See whether it was for its memory that a job's process was killed."""
+        super().handle_work_horse_killed(job, retpid, ret_val, rusage)  # type: ignore[no-untyped-call]
+        by_force = os.WIFSIGNALED(ret_val) and os.WTERMSIG(ret_val) == signal.SIGKILL
+        if by_force and not self.stopped and _ended_for_memory() != self._ended_before:
+            self.killed_for_memory(job.args[0], rusage.ru_maxrss / 1024)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Stop at once, also in mid-training: it goes on where it was when it is begun again."""
@@ -284,6 +396,8 @@ def work(settings: Settings, *, once: bool = False) -> None:
     """
     if settings.redis_url is None:
         raise SystemExit("GRACO_REDIS_URL is not set: 'python -m ml_backend run' starts a Redis and this worker itself")
+    if settings.ledger == "elsewhere":
+        raise SystemExit("GRACO_LEDGER is elsewhere: trainings run on the machine that keeps the ledger")
     os.nice(19)
     connection = redis.Redis.from_url(settings.redis_url)
     looked_s = -float("inf")
@@ -297,6 +411,7 @@ def work(settings: Settings, *, once: bool = False) -> None:
             queue = Queue(TRAINING, connection=connection, serializer=JSONSerializer)
             if queue.count:
                 worker = _Worker([queue], connection=connection, serializer=JSONSerializer)
+                worker.killed_for_memory = partial(_note_memory, settings)
                 worker.work(burst=True, logging_level="WARNING")
                 if worker.stopped:
                     return

@@ -7,12 +7,13 @@ elsewhere (`ingest`, by the worker).
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import msgspec
 
 from ml_backend.images import TaskImage
-from ml_backend.ingest import ACTIONS
+from ml_backend.ingest import ACTIONS, project_event
 from ml_backend.jobs import encode_later
 from ml_backend.label_config import read_config
 from ml_backend.label_studio import read_batch
@@ -23,13 +24,19 @@ from model.types import Refusal
 
 log = logging.getLogger(__name__)
 
+_ACTION = re.compile(r"[A-Z][A-Z_]{2,59}")
+
+
+def _nothing() -> msgspec.Raw:
+    return msgspec.Raw(b"null")
+
 
 class EventBody(msgspec.Struct):
     """POST /webhook; what else it holds is kept as it came, and read later."""
 
     action: str | None = None
-    project: msgspec.Raw = msgspec.Raw(b"null")
-    tasks: msgspec.Raw = msgspec.Raw(b"null")
+    project: msgspec.Raw = msgspec.field(default_factory=_nothing)
+    tasks: msgspec.Raw = msgspec.field(default_factory=_nothing)
 
 
 def handle_event(service: Service, event: EventBody, body: bytes) -> dict[str, Any]:
@@ -55,10 +62,14 @@ def handle_event(service: Service, event: EventBody, body: bytes) -> dict[str, A
         tasks = [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
         keep = any(task.get("annotations") for task in tasks)
         answer["queued"] = _encode_tasks(service, msgspec.json.decode(event.project), tasks)
+    if event.action == "PROJECT_UPDATED":
+        project = msgspec.json.decode(event.project)
+        keep = isinstance(project, dict)
+        body = project_event(project) if keep else body
     if keep:
         service.hand_over.put(service.inbox.add(body, event.action))
     else:
-        log.debug("event %s brings nothing to keep", event.action)
+        log.debug("event %s brings nothing to keep", event.action if _ACTION.fullmatch(event.action) else "of no kind")
     return answer
 
 
@@ -74,7 +85,7 @@ def start_training(service: Service, project: object) -> dict[str, Any]:
     """
     number = project.get("id") if isinstance(project, dict) else project
     if isinstance(number, bool) or not isinstance(number, str | int) or not names_project(number):
-        raise Refusal(f"the request does not say which project to train for: {str(number)[:40]!r} is no project's id")
+        raise Refusal("the request does not say which project to train for: its 'project' names none by id")
     line = lines_of(service.settings, number)[0]
     status = request(service.settings, line, "Start Training in Label Studio")
     log.info("training %s of %s was asked for", status.id, line)

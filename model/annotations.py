@@ -69,6 +69,7 @@ class AnnotatedMask:
     segmentation: Rle
     granularity: float | None = None  # 0..1 where the source states it, as proposals do
     support: int | None = None  # annotators who drew it, where the source counts them
+    undecided: Rle | None = None  # pixels that count neither as inside nor as outside, as GrabCut's band
 
     def mask(self) -> Mask:
         """Return the mask, bool H, W, decoded anew each time."""
@@ -456,6 +457,7 @@ class _Region(NamedTuple):
     name: str
     parent: int | None = None  # its place in the list
     origin: str = "human"
+    undecided: Mask | None = None
 
 
 def _read_sbd(source: Path) -> AnnotationSet:
@@ -507,8 +509,10 @@ def _read_pairs(source: Path) -> AnnotationSet:
         except _UNREADABLE as error:
             raise Refusal(f"mask {path} cannot be read ({error}); copy it again from its source") from error
         values = values if values.ndim == 2 else values.max(axis=2)
-        undecided = bool((values == 128).any() and (values == 255).any())  # GrabCut: 128 is a band nobody scores
-        yield _Region(values > 128 if undecided else values > 0, "")
+        if (values == 128).any() and (values == 255).any():  # GrabCut: 128 is a band nobody scores
+            yield _Region(values > 128, "", undecided=values == 128)
+        else:
+            yield _Region(values > 0, "")
 
     return _collect(source, source.name, _photos(masks), [photos], regions, {})
 
@@ -650,6 +654,7 @@ def _collect(
                     origin=region.origin,
                     area=int(np.count_nonzero(region.mask)),
                     segmentation=encode(region.mask),
+                    undecided=None if region.undecided is None else encode(region.undecided),
                 )
             )
         images.append(

@@ -1,6 +1,8 @@
 """Simulated annotators: where a person who knows the true mask would click next.
 
-Source: the evaluation rule of RITM (arXiv 2102.06583): the middle of the larger error, missed or wrongly taken.
+Source: the evaluation rule of RITM (arXiv 2102.06583): the middle of the larger error, missed or wrongly taken. It
+differs from RITM's code, which GraCo's evaluation uses unchanged, in two cases: of two errors of one depth ours clicks
+the missed one, that code the wrongly taken one; where nothing is left to click ours stops, that code clicks pixel 0, 0.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import numpy.typing as npt
 from model.types import Click, Mask
 
 
-def next_click(truth: Mask, mask: Mask, earlier: Iterable[Click] = ()) -> Click | None:
+def next_click(truth: Mask, mask: Mask, earlier: Iterable[Click] = (), *, as_ritm: bool = False) -> Click | None:
     """Return the click that corrects the deepest error of `mask`, or None when there is no error left to click.
 
     The click lies on the pixel farthest from the border of the missed or of the wrongly taken pixels (whichever is
@@ -24,8 +26,9 @@ def next_click(truth: Mask, mask: Mask, earlier: Iterable[Click] = ()) -> Click 
         truth: what the mask shall be, bool H, W.
         mask: what it is, bool H, W.
         earlier: clicks already placed.
+        as_ritm: of two errors of one depth click the wrongly taken one, as RITM's code does.
     """
-    depth, positive = _larger_error(truth, mask, earlier)
+    depth, positive = _larger_error(truth, mask, earlier, as_ritm=as_ritm)
     if depth.max() <= 0:
         return None
     row, column = np.unravel_index(int(depth.argmax()), depth.shape)
@@ -54,7 +57,9 @@ def sample_click(
     return Click(x=float(columns[chosen]) + 0.5, y=float(rows[chosen]) + 0.5, positive=positive)
 
 
-def _larger_error(truth: Mask, mask: Mask, earlier: Iterable[Click]) -> tuple[npt.NDArray[np.float32], bool]:
+def _larger_error(
+    truth: Mask, mask: Mask, earlier: Iterable[Click], *, as_ritm: bool = False
+) -> tuple[npt.NDArray[np.float32], bool]:
     """Return the depth of the deeper error in each pixel, 0 outside it and where clicked, and whether it was missed."""
     if truth.shape != mask.shape:
         raise ValueError(f"masks of different shapes: {truth.shape} and {mask.shape}")
@@ -63,7 +68,7 @@ def _larger_error(truth: Mask, mask: Mask, earlier: Iterable[Click]) -> tuple[np
     for click in earlier:
         if 0 <= click.y < truth.shape[0] and 0 <= click.x < truth.shape[1]:
             missed[int(click.y), int(click.x)] = taken[int(click.y), int(click.x)] = 0
-    positive = bool(missed.max() >= taken.max())
+    positive = bool(missed.max() > taken.max() or (not as_ritm and missed.max() == taken.max()))
     return (missed if positive else taken), positive
 
 

@@ -16,6 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "model" / "weights" / "light.safetensors"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes ten minutes and more, unless it is asked for: pytest -m soak."""
+    if "soak" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
 def missing(what: str) -> None:
     """Skip with the reason; in CI, where everything must be there, fail with it."""
     if os.environ.get("CI") == "true":

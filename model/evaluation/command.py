@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 from rich.console import Console
@@ -15,13 +15,15 @@ from rich.console import Console
 from model.annotations import Level, Source
 from model.bars import progress_bar
 from model.embeddings import EmbeddingFolder
-from model.evaluation.protocol import PROTOCOLS, Bench, Models, Options, Row
+from model.evaluation.protocol import PAPER, PROTOCOLS, Bench, Models, Options, Row
 from model.evaluation.report import draw_sheet, write_report
 from model.evaluation.runner import ModelSource, Results, Task, key_of, left_of, plan, run, scene_of
 from model.evaluation.sets import Selection, evenly_spaced, select
 from model.evaluation.summary import figures_of, groups_of, numbers_of
-from model.segmenter import BUNDLED, BUNDLED_ADAPTER, Device, EncoderChoice
+from model.segmenter import BUNDLED, BUNDLED_ADAPTER, Device, EncoderChoice, Speed
 from model.types import Granularity, Refusal
+
+Family = Literal["light", "graco"]
 
 app = typer.Typer(add_completion=False)
 
@@ -31,13 +33,29 @@ def evaluate(
     sets: Annotated[list[Path], typer.Argument(metavar="SET...", help="Annotated photos: folders or COCO files.")],
     kind: Annotated[Source, typer.Option(help="Format of the sets; auto looks at what is there.")] = "auto",
     split: Annotated[str, typer.Option(help="Split to measure, where a set names splits; all: every one.")] = "val",
-    adapter: Annotated[str, typer.Option(help="Adapter file; none; shipped: the one in model/weights.")] = "shipped",
-    weights: Annotated[Path, typer.Option(help="Base weights.")] = BUNDLED,
-    protocols: Annotated[str, typer.Option(help="What to measure, separated by commas.")] = ",".join(PROTOCOLS),
+    family: Annotated[Family, typer.Option(help="light, or graco: published SimpleClick and GraCo weights.")] = "light",
+    adapter: Annotated[
+        str, typer.Option(help="Adapter file; none; shipped: that of light in model/weights, or none.")
+    ] = "shipped",
+    weights: Annotated[
+        Path | None, typer.Option(help="Base weights: a file, or the folder of an import; not given: light's.")
+    ] = None,
+    clip: Annotated[
+        Path | None, typer.Option(help="CLIP's weights for phrases in graco: a file, or the folder they lie in.")
+    ] = None,
+    speed: Annotated[Speed, typer.Option(help="Of graco: exact is as published, fast in lower precision.")] = "exact",
+    size: Annotated[
+        int, typer.Option(min=0, help="Of graco: side of the network's input; 0: that of the weights, 672 for DAVIS.")
+    ] = 0,
+    protocols: Annotated[
+        str, typer.Option(help=f"What to measure, separated by commas; also {', '.join(PAPER)}.")
+    ] = ",".join(PROTOCOLS),
     budget: Annotated[int, typer.Option(min=1, max=100, help="Clicks on one mask at most.")] = 20,
     targets: Annotated[str, typer.Option(help="IoU that counts as done, for NoC.")] = "0.85,0.90",
     fixed_level: Annotated[list[float] | None, typer.Option(help="Level of `fixed`, 0..1; may be repeated.")] = None,
     level: Annotated[str, typer.Option(help="Masks to measure: object, part, subpart; all.")] = "all",
+    name: Annotated[list[str] | None, typer.Option(help="Name of the masks to measure; may be repeated.")] = None,
+    part_of: Annotated[list[str] | None, typer.Option(help="Name of their whole; may be repeated.")] = None,
     support: Annotated[int, typer.Option(min=1, help="Annotators who drew a mask at least, where the set says.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of results and report.")] = Path("data/evaluation"),
     limit: Annotated[
@@ -66,11 +84,18 @@ def evaluate(
             support=support,
             seed=seed,
         )
-        names = _listed(protocols, PROTOCOLS, "protocol")
+        chosen = _listed(protocols, (*PROTOCOLS, *PAPER), "protocol")
         levels = () if level == "all" else _listed(level, get_args(Level), "level")
         found = [
             select(
-                path, kind=kind, split=None if split == "all" else split, levels=levels, limit=limit, support=support
+                path,
+                kind=kind,
+                split=None if split == "all" else split,
+                levels=levels,
+                limit=limit,
+                support=support,
+                names=name or (),
+                wholes=part_of or (),
             )
             for path in sets
         ]
@@ -78,15 +103,19 @@ def evaluate(
             if count > 1:
                 raise Refusal(f"{count} of the sets are called {name!r}; evaluate them one by one, or rename a folder")
         source = ModelSource(
-            weights=weights,
-            adapter=_adapter_file(adapter),
+            family=family,
+            weights=_weights_file(family, weights),
+            adapter=_adapter_file(family, adapter),
+            clip=_clip_file(clip),
+            speed=speed,
+            size=size,
             device=device,
             encoder=encoder,
             threads=threads,
             compiled=compiled.expanduser(),
         )
         results = Results(out / "results.jsonl")
-        _Evaluation(found, names, options, source, EmbeddingFolder(embeddings), results, jobs, Console()).run(sheet)
+        _Evaluation(found, chosen, options, source, EmbeddingFolder(embeddings), results, jobs, Console()).run(sheet)
     except (Refusal, OSError) as error:  # OSError: the folder of --out cannot be written to
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from error
@@ -105,10 +134,10 @@ class _Evaluation:
 
     def run(self, sheet: int) -> None:
         models = self.source.load()
-        digest = self.source.adapter_digest()
+        digest, encoding = self.source.adapter_digest(), self.source.fingerprint(models)
 
         def key(protocol: str, selection: Selection) -> str:
-            return key_of(protocol, selection, self.options, encoding=models.base.encoding, adapter=digest)
+            return key_of(protocol, selection, self.options, encoding=encoding, adapter=digest)
 
         tasks = plan(self.selections, self.protocols, key)
         self._measure(tasks, models)
@@ -148,6 +177,7 @@ class _Evaluation:
         options = self.options
         return {
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "family": self.source.family,
             "weights": models.base.version,
             "encoding": models.base.encoding,
             "adapter": f"{self.source.adapter} (sha256 {digest})" if self.source.adapter else "none",
@@ -168,9 +198,27 @@ class _Evaluation:
         ]
 
 
-def _adapter_file(name: str) -> Path | None:
+def _weights_file(family: Family, weights: Path | None) -> Path:
+    if weights is None:
+        if family != "light":
+            raise Refusal(f"no weights of {family} are shipped; import them (docs/checkpoints.md) and give --weights")
+        return BUNDLED
+    return weights / "weights.safetensors" if weights.is_dir() else weights
+
+
+def _clip_file(clip: Path | None) -> Path | None:
+    if clip is None or not clip.is_dir():
+        return clip
+    from model.graco.text import FILES, find_clip
+
+    if (found := find_clip(clip)) is None:
+        raise Refusal(f"{clip} holds no weights of CLIP under a name they are published by: {', '.join(FILES)}")
+    return found
+
+
+def _adapter_file(family: Family, name: str) -> Path | None:
     if name == "shipped":
-        name = str(BUNDLED_ADAPTER)
+        name = str(BUNDLED_ADAPTER) if family == "light" else "none"
     if name == "none":
         return None
     if not Path(name).is_file():

@@ -17,19 +17,30 @@ Protocols:
 - `curve`: `base` and `level` through the whole budget, and the IoU of each level at one click.
 - `monotone`: the area of each level at one click.
 - `time`: seconds to encode, and to answer a click, with and without adapter in turns.
+
+Protocols as the code published with GraCo measures them (its `isegm/inference/evaluation.py`), to compare with papers;
+robot and stop rule are that code's (`model.robot`), pixels that the set leaves undecided do not count, and each mask is
+timed by itself, its photo encoded anew:
+
+- `paper-plain`: no level, no phrase, no adapter; this is SimpleClick's evaluation (arXiv 2210.11006).
+- `paper-sweep`: each level is clicked from the start by its own robot, until the highest target, or one click more than
+  the best level before it; the level of fewest clicks counts, of several that with the best first click.
+- `paper-fixed`: one level for every mask.
+- `paper-phrase`: the mask's name as the phrase, at every click (`phrase_of`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from model.annotations import AnnotatedImage, AnnotatedMask
+from model.annotations import AnnotatedImage, AnnotatedMask, decode
 from model.metrics import iou, iou_at_all_granularities, iou_matrix
 from model.robot import next_click
 from model.segmenter import Encoded, Segmenter, predict
@@ -40,6 +51,7 @@ Row = dict[str, Any]  # as it stands in results.jsonl
 LEVELS = tuple(Granularity(level) for level in range(1, 11))
 UNKNOWN_PHRASES = ("qwertyuiop", "自転車")
 NAMELESS = ("", "region")
+_NUMBERED = re.compile(r" \d+$")  # PASCAL-Part numbers a thing's parts of one kind: wheel 1, wheel 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +89,9 @@ class ClickChain:
     encoded: Encoded
     truth: Mask
     granularity: Granularity | None = None
+    phrase: str | None = None
+    as_ritm: bool = False
+    decided: Mask | None = None  # pixels that count; None: all
     opening: dict[Prompt, Any] = field(default_factory=dict)  # memo of the first click, shared by chains of one model
     ious: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -95,7 +110,7 @@ class ClickChain:
 
     def _advance(self) -> None:
         mask = np.zeros_like(self.truth) if self._mask is None else self._mask
-        click = next_click(self.truth, mask, self._clicks)
+        click = next_click(self.truth, mask, self._clicks, as_ritm=self.as_ritm)
         if click is None:  # nothing left to correct: the mask stands
             repeated: tuple[list[Any], ...] = (self.ious, self.scores, self.areas)
             for values in repeated:
@@ -103,12 +118,14 @@ class ClickChain:
             return
         memo = self._memo if self._clicks else self.opening
         self._clicks = (*self._clicks, click)
-        prompt = Prompt(clicks=self._clicks, granularity=self.granularity)
+        prompt = Prompt(clicks=self._clicks, granularity=self.granularity, phrase=self.phrase)
         answer = answer_to(self.segmenter, self.encoded, prompt, memo=memo)
         # the newest state is all the next click needs
         self._memo = dict(memo) if memo is self.opening else dict([*memo.items()][-1:])
         self.refusals += answer is None
         self._mask = np.zeros_like(self.truth) if answer is None else answer.best.mask
+        if self.decided is not None:
+            self._mask = self._mask & self.decided
         self.ious.append(round(iou(self._mask, self.truth), 6))
         self.scores.append(0.0 if answer is None else round(answer.best.score, 6))
         self.areas.append(int(np.count_nonzero(self._mask)))
@@ -285,6 +302,50 @@ class Bench:
             row[f"{name}_click_s"] = [round(click, 6) for _, click in measured]
         return row
 
+    def _paper_plain(self) -> Row:
+        return self._published(self.models.base, [Prompt()])
+
+    def _paper_sweep(self) -> Row:
+        return self._published(self.models.adapted, [Prompt(granularity=level) for level in LEVELS])
+
+    def _paper_fixed(self) -> Row:
+        return {
+            "by_level": {
+                str(level.value): self._published(self.models.adapted, [Prompt(granularity=level)])
+                for level in self.options.fixed_levels
+            }
+        }
+
+    def _paper_phrase(self) -> Row:
+        phrase = phrase_of(self.scene.image, self.mask)
+        return {} if phrase in NAMELESS else self._published(self.models.adapted, [Prompt(phrase=phrase)])
+
+    def _published(self, segmenter: Segmenter, steers: Sequence[Prompt]) -> Row:
+        """Click one chain for each steering, and return the one that counts."""
+        start, chains = time.perf_counter(), []
+        encoded = segmenter.encode(self.scene.pixels())
+        fewest, undecided = self.options.budget, self.mask.undecided
+        for steer in steers:
+            chain = ClickChain(
+                segmenter=segmenter,
+                encoded=encoded,
+                truth=self.truth,
+                granularity=steer.granularity,
+                phrase=steer.phrase,
+                as_ritm=True,
+                decided=None if undecided is None else ~decode(undecided),
+            )
+            ious = chain.run(min(self.options.budget, fewest + 1), max(self.options.targets))
+            fewest = min(fewest, len(ious))
+            chains.append((chain, ious))
+        counts = published_choice([ious for _, ious in chains])
+        return {
+            "ious": chains[counts][1],
+            "steer": counts,
+            "refusals": sum(chain.refusals for chain, _ in chains),
+            "seconds": round(time.perf_counter() - start, 6),
+        }
+
     def _offered(self, segmenter: Segmenter, proposals: int) -> tuple[Proposal, ...]:
         """What one click offers; an empty mask where the segmenter refuses."""
         memo, prompt = self._openings[id(segmenter)], Prompt(clicks=(self.first,))
@@ -314,10 +375,35 @@ _PROTOCOLS: dict[str, Callable[[Bench], Row]] = {
     "curve": Bench._curve,
     "monotone": Bench._monotone,
     "time": Bench._time,
+    "paper-plain": Bench._paper_plain,
+    "paper-sweep": Bench._paper_sweep,
+    "paper-fixed": Bench._paper_fixed,
+    "paper-phrase": Bench._paper_phrase,
 }
-PROTOCOLS = tuple(_PROTOCOLS)
-BASE_ONLY = ("base", "base-oracle3")
+PAPER = ("paper-plain", "paper-sweep", "paper-fixed", "paper-phrase")
+PROTOCOLS = tuple(name for name in _PROTOCOLS if name not in PAPER)
+BASE_ONLY = ("base", "base-oracle3", "paper-plain")
 """Protocols that no adapter has a part in: their rows serve every adapter of these weights."""
+
+
+def phrase_of(image: AnnotatedImage, mask: AnnotatedMask) -> str:
+    """Return a mask's name as GraCo's evaluation makes a phrase of it: wheel of wheel 1, head of Quadruped Head."""
+    name = _NUMBERED.sub("", mask.name).lower()
+    return name.removeprefix(f"{image.whole(mask).name.lower()} ")
+
+
+def published_choice(ious: Sequence[Sequence[float]]) -> int:
+    """Return which level counts in GraCo's sweep: of those with the fewest clicks, the first of the best first click.
+
+    Args:
+        ious: of each level, after each click until it stopped. A level that got there at the last click of the budget
+            has as many as one that never did, so there the first click alone decides, as published.
+
+    >>> published_choice([[0.5, 0.6, 0.91], [0.3, 0.92], [0.4, 0.9]])
+    2
+    """
+    fewest = min(map(len, ious))
+    return max((n for n, of in enumerate(ious) if len(of) == fewest), key=lambda n: ious[n][0])
 
 
 def supported(masks: Iterable[AnnotatedMask], support: int) -> list[AnnotatedMask]:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from model.annotations import AnnotatedImage, AnnotatedMask
 from model.embeddings import EmbeddingFolder
-from model.evaluation.protocol import BASE_ONLY, Bench, Models, Options, Row, Scene
+from model.evaluation.protocol import BASE_ONLY, PAPER, Bench, Models, Options, Row, Scene
 from model.evaluation.sets import Selection, evenly_spaced
-from model.segmenter import Device, EncoderChoice, load_segmenter
+from model.segmenter import Device, EncoderChoice, Speed, load_segmenter
 from model.types import Refusal
 
 TIMED_MASKS = 10
@@ -32,10 +32,14 @@ _FORMAT = 2  # of the rows; a new one makes old rows be measured again
 class ModelSource:
     """The files and settings that models are loaded from, in this process or another."""
 
+    family: str = "light"
     weights: Path
     adapter: Path | None
     device: Device = "auto"
     encoder: EncoderChoice = "auto"
+    speed: Speed = "exact"
+    size: int = 0  # of the network's input; 0: that of the weights
+    clip: Path | None = None
     threads: int = 0
     compiled: Path | None = None
 
@@ -46,14 +50,24 @@ class ModelSource:
             Refusal: a file is missing or damaged, or the adapter belongs to other weights.
         """
         base = load_segmenter(
-            "light",
+            self.family,
             self.weights,
             device=self.device,
             encoder=self.encoder,
+            speed=self.speed,
+            size=self.size,
+            clip=self.clip,
             threads=self.threads,
             compiled=self.compiled,
         )
         return Models(base=base, adapted=base.with_adapter(self.adapter) if self.adapter else base)
+
+    def fingerprint(self, models: Models) -> str:
+        """Return all of the base that numbers depend on: weights, input, precision, and what reads phrases."""
+        if self.family == "light":
+            return models.base.encoding
+        clip = f"{self.clip} {self.clip.stat().st_size}" if self.clip else "none"
+        return f"{models.base.version} {self.size} {self.speed} clip {clip}"
 
     def adapter_digest(self) -> str | None:
         """Return the SHA-256 of the adapter's file, None without one.
@@ -137,11 +151,11 @@ def key_of(protocol: str, selection: Selection, options: Options, *, encoding: s
         "encoding": encoding,
         "adapter": None if protocol in BASE_ONLY else adapter,
     }
-    if protocol in ("base", "level", "oracle", "fixed", "curve"):
+    if protocol in ("base", "level", "oracle", "fixed", "curve", *PAPER):
         facts["budget"] = options.budget
-    if protocol in ("base", "level", "oracle", "fixed"):
+    if protocol in ("base", "level", "oracle", "fixed", *PAPER):
         facts["target"] = max(options.targets)
-    if protocol == "fixed":
+    if protocol in ("fixed", "paper-fixed"):
         facts["levels"] = [level.level for level in options.fixed_levels]
     if protocol == "levels":
         facts["support"] = options.support

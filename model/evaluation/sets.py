@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet, Source, read_annotations
-from model.evaluation.protocol import supported
+from model.evaluation.protocol import phrase_of, supported
 from model.types import Refusal
 
 T = TypeVar("T")
@@ -43,7 +43,15 @@ def evenly_spaced(values: Sequence[T], limit: int | None) -> list[T]:
 
 
 def select(
-    source: Path, *, kind: Source, split: str | None, levels: Sequence[str], limit: int | None, support: int
+    source: Path,
+    *,
+    kind: Source,
+    split: str | None,
+    levels: Sequence[str],
+    limit: int | None,
+    support: int,
+    names: Sequence[str] = (),
+    wholes: Sequence[str] = (),
 ) -> Selection:
     """Return what is measured of a set.
 
@@ -54,6 +62,8 @@ def select(
         levels: `object`, `part`, `subpart`; empty: all of them.
         limit: masks of each level at most.
         support: annotators who drew a mask at least, where the set says so.
+        names: names of the masks to take, as `model.evaluation.protocol.phrase_of` has them; empty: any.
+        wholes: names of what the masks are part of; empty: any.
 
     Raises:
         Refusal: the set cannot be read, or holds no mask to measure.
@@ -62,12 +72,13 @@ def select(
     masks: dict[str, list[tuple[AnnotatedImage, AnnotatedMask]]] = {}
     for image in annotations.images:
         for mask in supported(image.masks, support):
-            if mask.area and (not levels or mask.level in levels):
+            if mask.area and (not levels or mask.level in levels) and _named(image, mask, names, wholes):
                 masks.setdefault(mask.level, []).append((image, mask))
     if not masks:
         raise Refusal(
             f"{source} holds no mask to measure (split {split or 'any'}, level {', '.join(levels) or 'any'}, "
-            f"support {support} or more, {len(annotations.images)} images); choose another split or level"
+            f"support {support} or more, name {', '.join(names) or 'any'}, part of {', '.join(wholes) or 'any'}, "
+            f"{len(annotations.images)} images); choose another split, level or name"
         )
     wanted = {mask.id for of_level in masks.values() for _, mask in evenly_spaced(of_level, limit)}
     by_image = [(image, tuple(mask for mask in image.masks if mask.id in wanted)) for image in annotations.images]
@@ -78,6 +89,10 @@ def select(
         chosen=tuple((image, chosen) for image, chosen in by_image if chosen),
         of=sum(len(of_level) for of_level in masks.values()),
     )
+
+
+def _named(image: AnnotatedImage, mask: AnnotatedMask, names: Sequence[str], wholes: Sequence[str]) -> bool:
+    return (not names or phrase_of(image, mask) in names) and (not wholes or image.whole(mask).name in wholes)
 
 
 def _name_of(source: Path) -> str:

@@ -52,8 +52,8 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
         place = (row["set"], row["mask_level"])
         group = groups.setdefault(place, Group(set_name=place[0], level=place[1], rows={}))
         parts = {row["protocol"]: row}
-        if row["protocol"] == "fixed":
-            parts = {f"fixed {level}": row | clicked for level, clicked in row["by_level"].items()}
+        if row["protocol"] in ("fixed", "paper-fixed"):
+            parts = {f"{row['protocol']} {level}": row | clicked for level, clicked in row["by_level"].items()}
         for protocol, part in parts.items():
             group.rows.setdefault(protocol, {})[row["mask"]] = part
     return list(groups.values())
@@ -73,6 +73,7 @@ def numbers_of(group: Group, options: Options) -> Numbers:
         "monotone": _monotone,
         "calibration": _calibration,
         "time": lambda group, options: _time(group.of("time"), options),
+        "paper": _paper,
     }
     made = {name: make(group, options) for name, make in makers.items()}
     return numbers | {name: value for name, value in made.items() if value}
@@ -99,6 +100,56 @@ def noc_name(target: float) -> str:
     ('NoC@85', 'NoC@92.5')
     """
     return f"NoC@{round(target * 100, 2):g}"
+
+
+def _paper(group: Group, options: Options) -> Numbers:
+    """What GraCo's and RITM's code print: a miss counts as the budget, and a budget spent counts as a miss."""
+    names = ("paper-plain", "paper-sweep", *(f"paper-fixed {x.value}" for x in options.fixed_levels), "paper-phrase")
+    found: Numbers = {}
+    for name in names:
+        if rows := [row for row in group.of(name) if "ious" in row]:
+            found[name] = published([row["ious"] for row in rows], max(options.targets), options.budget)
+            found[name]["seconds"] = sum(row["seconds"] for row in rows)
+            found[name]["clicks"] = sum(len(row["ious"]) for row in rows)
+            found[name]["refusals"] = sum(row["refusals"] for row in rows)
+    return found
+
+
+def pooled(parts: Sequence[Numbers]) -> Numbers:
+    """Return what `published` numbers of several groups come to together: means over all masks, sums of the rest.
+
+    >>> pooled([{"masks": 1, "NoC@90": 20.0, ">=20@90": 1}, {"masks": 3, "NoC@90": 2.0, ">=20@90": 0}])
+    {'masks': 4, 'NoC@90': 6.5, '>=20@90': 1}
+    """
+    masks = sum(part["masks"] for part in parts)
+    found: Numbers = {}
+    for key, value in parts[0].items():
+        of = [part[key] * (part["masks"] if isinstance(value, float) and key != "seconds" else 1) for part in parts]
+        found[key] = sum(of) / masks if isinstance(value, float) and key != "seconds" else sum(of)
+    return found
+
+
+def published(ious: Sequence[Sequence[float]], highest: float, budget: int = 20) -> Numbers:
+    """Return the numbers of the papers' tables for the IoUs of each mask, after each click until it stopped.
+
+    Args:
+        ious: of each mask.
+        highest: the target at which clicking stopped; NoC is given for 0.80, 0.85 and 0.90 up to it.
+        budget: clicks on a mask at most.
+
+    Source: `compute_noc_metric` of RITM, in GraCo's `isegm/inference/utils.py`. Our own NoC tells a miss from a mask
+    that got there at the last click; here both have `budget` clicks, and both count in `>=20@`.
+
+    >>> published([[0.7, 0.95], [0.5] * 20], 0.9)["NoC@90"]
+    11.0
+    """
+    found: Numbers = {"masks": len(ious), "iou_at_1": fmean(of[0] for of in ious)}
+    for target in (0.80, 0.85, 0.90):
+        if target <= highest:
+            clicks = [number_of_clicks(np.array(of), target, budget) or budget for of in ious]
+            found[noc_name(target)] = fmean(clicks)
+            found[f">={budget}@{round(target * 100)}"] = clicks.count(budget)
+    return found
 
 
 def _oracle3(group: Group, options: Options) -> Numbers:

@@ -1,4 +1,4 @@
-"""Published checkpoints read as data: `.pth` of any torch since 0.4, or safetensors. Nothing a file names is looked up.
+"""Published checkpoints read as data: `.pth` of any torch since 0.4, TorchScript, or safetensors. No name is looked up.
 
 A pickle is a small program. We follow its instructions on plain data alone: what it names stays a name, what it would
 call stays uncalled (but for tensors and ordered dicts, whose meaning we know), and the config keeps what is plain.
@@ -10,7 +10,6 @@ Sources: Python's `pickletools` for the instructions; torch's `serialization.py`
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import math
 import os
@@ -35,6 +34,7 @@ _INSTRUCTIONS = 1_000_000
 _TENSORS = 20_000
 _CONFIG = 1_000_000  # values and characters
 _DEPTH = 32
+_KEY = 100  # characters of a key that are told
 _CHUNK = 1 << 20
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the stream layout
 _DIRECTORY = 46 + 128  # bytes a zip's directory has for one entry, about
@@ -66,12 +66,13 @@ class Checkpoint:
     left_out: tuple[str, ...]  # the places in the config where it stands
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, wanted: Callable[[str], bool] | None = None) -> Checkpoint:
     """Read a checkpoint without executing or importing anything that it names.
 
     Args:
-        path: a `.pth` file as torch writes it, `{"state_dict": ..., "config": ...}` or a bare state dict, or a
-            safetensors file (its metadata may hold the config as JSON).
+        path: a `.pth` file as torch writes it, `{"state_dict": ..., "config": ...}` or a bare state dict; a TorchScript
+            archive, of which the code is left alone; or a safetensors file (its metadata may hold the config as JSON).
+        wanted: tells by its name whether a tensor is read into memory; None: all of them.
 
     Raises:
         Refusal: it is missing, a folder, damaged, no checkpoint, or claims more than it holds.
@@ -80,12 +81,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if path.is_dir():
             raise Refusal(f"{path} is a folder; name the checkpoint file in it")
         with path.open("rb") as file:
-            return _read(path, file, os.fstat(file.fileno()).st_size)
+            return _read(path, file, os.fstat(file.fileno()).st_size, wanted)
     except OSError as error:
         raise Refusal(f"{path} cannot be read ({error.strerror or error}); check its name and permissions") from error
 
 
-def _read(path: Path, file: BinaryIO, size: int) -> Checkpoint:
+def _read(path: Path, file: BinaryIO, size: int, wanted: _Wanted) -> Checkpoint:
     head = file.read(512)
     file.seek(0)
     if not head:
@@ -93,11 +94,11 @@ def _read(path: Path, file: BinaryIO, size: int) -> Checkpoint:
     if size > LARGEST:
         raise Refusal(f"{path} has {size >> 30} GiB, and no checkpoint of this family has more than {LARGEST >> 30}")
     if head[8:9] == b"{":
-        return _read_safetensors(path, head, size)
+        return _read_safetensors(path, head, size, wanted)
     if head.startswith(b"PK\x03\x04"):
-        return _read_zip(path, file, size)
+        return _read_zip(path, file, size, wanted)
     if head.startswith(b"\x80"):
-        return _read_stream(path, file, size)
+        return _read_stream(path, file, size, wanted)
     for start, sentence in _OTHERS.items():
         if head.startswith(start):
             raise Refusal(f"{path} {sentence}")
@@ -108,7 +109,7 @@ def _read(path: Path, file: BinaryIO, size: int) -> Checkpoint:
     raise Refusal(f"{path} is neither a torch checkpoint (.pth) nor safetensors, or its beginning is damaged")
 
 
-def _read_safetensors(path: Path, head: bytes, size: int) -> Checkpoint:
+def _read_safetensors(path: Path, head: bytes, size: int, wanted: _Wanted) -> Checkpoint:
     (length,) = struct.unpack("<Q", head[:8])
     if length > size - 8 or length > _PICKLE:
         raise Refusal(f"{path} claims a header of {length} bytes, but has {size}; it is damaged: download it again")
@@ -118,7 +119,7 @@ def _read_safetensors(path: Path, head: bytes, size: int) -> Checkpoint:
             if len(names) > _TENSORS:
                 raise Refusal(f"{path} holds {len(names)} tensors; no checkpoint of this family has so many")
             text = (file.metadata() or {}).get("config")
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in names if wanted is None or wanted(name)}
     except (SafetensorError, *_BROKEN) as error:
         if isinstance(error, Refusal):
             raise
@@ -142,6 +143,15 @@ class _Inert:
     """Stands where a pickle would have made an object."""
 
     __slots__ = ()
+
+
+class _Module:
+    """Stands where TorchScript would have made a module: its parameters, buffers and submodules by name."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self) -> None:
+        self.parts: dict[Any, Any] = {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,9 +178,10 @@ class _Stored:
 
 
 _Reader = Callable[[_Storage], Tensor]  # gives a storage's bytes as uint8, of the length it claims
+_Wanted = Callable[[str], bool] | None
 
 
-def _read_zip(path: Path, file: BinaryIO, size: int) -> Checkpoint:
+def _read_zip(path: Path, file: BinaryIO, size: int, wanted: _Wanted) -> Checkpoint:
     damaged = f"{path} is a damaged checkpoint"
     _check_directory(path, file, size)
     try:
@@ -197,7 +208,7 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> Checkpoint:
                 with archive.open(entry) as data:
                     return _fill(storage.nbytes, data)
 
-            return _take(path, found, read, size)
+            return _take(path, found, read, size, wanted)
     except (zipfile.BadZipFile, EOFError, *_BROKEN) as error:
         if isinstance(error, Refusal):
             raise
@@ -224,6 +235,9 @@ def _entries(path: Path, archive: zipfile.ZipFile, size: int) -> dict[str, zipfi
     entries: dict[str, zipfile.ZipInfo] = {}
     end = 0
     for entry in sorted(archive.infolist(), key=lambda one: one.header_offset):
+        if "/code/" in entry.filename:  # TorchScript's, compressed; never read
+            end = max(end, entry.header_offset + 30 + len(entry.filename) + entry.compress_size)
+            continue
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
             raise Refusal(f"{path} is a compressed archive, and torch compresses nothing; unpack it, and name the file")
         if entry.filename in entries or entry.header_offset < end:
@@ -235,7 +249,7 @@ def _entries(path: Path, archive: zipfile.ZipFile, size: int) -> dict[str, zipfi
     return entries
 
 
-def _read_stream(path: Path, file: BinaryIO, size: int) -> Checkpoint:
+def _read_stream(path: Path, file: BinaryIO, size: int, wanted: _Wanted) -> Checkpoint:
     """Read the layout of torch before 1.6: five pickles, then the storages in the order of their keys."""
     damaged = f"{path} is a damaged checkpoint"
     try:
@@ -250,6 +264,8 @@ def _read_stream(path: Path, file: BinaryIO, size: int) -> Checkpoint:
         keys = _follow(pickles)
         at = pickles.tell()
         for key in keys:
+            if not isinstance(key, str):
+                raise TypeError("a storage's key is no text")
             file.seek(at)
             (count,) = struct.unpack("<q", file.read(8))
             if count != storages[key].count:
@@ -263,17 +279,19 @@ def _read_stream(path: Path, file: BinaryIO, size: int) -> Checkpoint:
             file.seek(places[storage.key])
             return _fill(storage.nbytes, file)
 
-        return _take(path, found, read, size)
+        return _take(path, found, read, size, wanted)
     except (EOFError, *_BROKEN) as error:
         if isinstance(error, Refusal):
             raise
         raise Refusal(f"{damaged} ({_short(error)}); download or copy it again") from error
 
 
-def _take(path: Path, found: Any, read: _Reader, size: int) -> Checkpoint:
+def _take(path: Path, found: Any, read: _Reader, size: int, wanted: _Wanted) -> Checkpoint:
     """Return the checkpoint that a pickle describes, its tensors read."""
     if isinstance(found, list):
         raise Refusal(f"{path} holds several checkpoints in a list; save the one to import by itself")
+    if isinstance(found, _Module):
+        found = _flat(path, found)
     if not isinstance(found, dict):
         raise Refusal(f"{path} holds no state dict; {_OPEN_IT}")
     nested = next((found[key] for key in ("state_dict", "model") if isinstance(found.get(key), dict)), None)
@@ -284,8 +302,10 @@ def _take(path: Path, found: Any, read: _Reader, size: int) -> Checkpoint:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, _Stored):
             raise Refusal(f"{path} holds {_short(name)} where a state dict has named tensors; {_OPEN_IT}")
+    if wanted is not None:
+        state = {name: one for name, one in state.items() if wanted(name)}
     claimed = sum(math.prod(one.shape) * one.storage.dtype.itemsize for one in state.values())
-    if claimed > size:
+    if claimed > 2 * size:  # tensors may share numbers
         raise Refusal(f"{path} claims tensors of {claimed} bytes, but has {size}; it was made by no training: leave it")
     kept: dict[str, Tensor] = {}
     tensors = {}
@@ -305,7 +325,7 @@ def _take(path: Path, found: Any, read: _Reader, size: int) -> Checkpoint:
 
 def _checkpoint(path: Path, tensors: dict[str, Tensor], config: Any, left_out: tuple[str, ...]) -> Checkpoint:
     if not tensors:
-        raise Refusal(f"{path} holds no tensors")
+        raise Refusal(f"{path} holds no tensors, or none of those looked for; name another file")
     if all(name.startswith("module.") for name in tensors):  # as DataParallel names them
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return Checkpoint(tensors, config if isinstance(config, dict) else None, left_out)
@@ -409,12 +429,16 @@ def _follow(file: io.BytesIO, storages: dict[str, _Storage] | None = None) -> An
             stack.append(_Name(module, attribute))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
-            stack.append(_Name(str(module), str(attribute)))
+            if not isinstance(module, str) or not isinstance(attribute, str):
+                raise TypeError("a name is no text")
+            stack.append(_Name(module, attribute))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, made_by = stack.pop(), stack.pop()
             stack.append(_made(made_by, arguments))
         elif name == "BUILD":
-            stack.pop()  # the state of an object that we did not make
+            parts = stack.pop()
+            if isinstance(stack[-1], _Module) and isinstance(parts, dict):
+                stack[-1].parts = parts  # of any other object: its state is dropped, as we did not make it
         elif name == "NEWOBJ_EX":
             del stack[-3:]
             stack.append(_Inert())
@@ -432,6 +456,26 @@ def _follow(file: io.BytesIO, storages: dict[str, _Storage] | None = None) -> An
     raise EOFError("the pickle has no end")
 
 
+def _flat(path: Path, module: _Module) -> dict[str, _Stored]:
+    """Return the tensors of a module and of those in it, named as in a state dict."""
+    found: dict[str, _Stored] = {}
+    visits = 0
+
+    def walk(module: _Module, place: tuple[str, ...]) -> None:
+        nonlocal visits
+        visits += 1
+        if visits > _TENSORS or len(place) > _DEPTH:
+            raise Refusal(f"{path} has modules of impossible number or depth; it was made by no training: leave it")
+        for name, part in module.parts.items():
+            if isinstance(part, _Module):
+                walk(part, (*place, str(name)))
+            elif isinstance(part, _Stored):
+                found[".".join((*place, str(name)))] = part
+
+    walk(module, ())
+    return found
+
+
 def _put(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
     """Set keys and values that follow one another; keys are texts and numbers."""
     for key, value in zip(items[::2], items[1::2], strict=True):
@@ -445,6 +489,8 @@ def _made(made_by: Any, arguments: Any) -> Any:
     """Return what a call in a pickle stands for: a tensor, an ordered dict, or nothing we know."""
     if not isinstance(made_by, _Name):
         return _Inert()
+    if made_by.module.partition(".")[0] == "__torch__":
+        return _Module()
     called = f"{made_by.module}.{made_by.name}"
     if called == "torch._utils._rebuild_tensor_v2":
         storage, offset, shape, stride = arguments[:4]
@@ -457,8 +503,10 @@ def _made(made_by: Any, arguments: Any) -> Any:
     if called == "torch._utils._rebuild_parameter":
         return arguments[0]
     if called == "collections.OrderedDict":
-        pairs = arguments[0] if arguments else []
-        return _put({}, list(itertools.chain.from_iterable(pairs)))
+        ordered: dict[Any, Any] = {}
+        for key, value in arguments[0] if arguments else ():
+            _put(ordered, [key, value])
+        return ordered
     return _Inert()
 
 
@@ -496,9 +544,11 @@ def _plain(path: Path, value: Any) -> tuple[Any, tuple[str, ...]]:
             return value
         if isinstance(value, list | tuple):
             return [walk(item, (*place, str(index))) for index, item in enumerate(value)]
-        if isinstance(value, dict):
-            return {str(key)[:200]: walk(item, (*place, str(key)[:200])) for key, item in value.items()}
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            budget -= sum(map(len, value))
+            return {key: walk(item, (*place, key[:_KEY])) for key, item in value.items()}
         left_out.append(".".join(place))
+        budget -= len(left_out[-1])
         return None
 
     return walk(value, ()), tuple(left_out)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from model.graco.network import LEVELS, WINDOW, Architecture, LowRank, click_dis
 from model.graco.runtime import Runtime, make_runtime
 from model.graco.weights import LEVEL, LEVEL_EMBEDDING, PHRASE, PHRASE_BIAS, PHRASE_WEIGHT, RANK, read_base
 from model.segmenter import Device, Encoded, Speed, digest_of, pick_device, read_weights
-from model.text import PhraseEncoder
 from model.types import Click, Mask, Prediction, Prompt, Proposal, Refusal, RGBImage
 
 THRESHOLD = 0.5
@@ -37,6 +36,13 @@ _EXPANSION = 1.4  # of the box around the mask, to the focus
 _SMALLEST_FOCUS = 200  # pixels
 _SAME_FOCUS = 0.5  # a focus stays while it overlaps the one now wanted by so much
 _BATCH = 2 * LEVELS  # rows of the largest batch: all levels, each with its mirror image
+
+
+class Phrases(Protocol):
+    """Turns phrases into the vectors that GraCo was trained with."""
+
+    def encode(self, phrases: Sequence[str]) -> Tensor:
+        """Return one fp32 row for each phrase: N, 512."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,7 @@ class GracoSegmenter:
         runtime: Runtime,
         digest: str,
         size: int,
-        text: PhraseEncoder | None = None,
+        text: Phrases | None = None,
         adapter: GracoAdapter | None = None,
     ) -> None:
         """Take the network, the digest of its weights, the side of its input, and what answers for phrases and levels.

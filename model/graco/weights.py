@@ -371,7 +371,7 @@ def _compare(
     ]
     problems = {
         "missing": sorted(expected.keys() - tensors.keys() - set(may_miss)),
-        "left over": sorted(repr(name)[1:101] for name in tensors.keys() - expected.keys() - set(may_have)),
+        "left over": sorted(repr(name)[1:-1][:100] for name in tensors.keys() - expected.keys() - set(may_have)),
         "of another shape": misshapen,
         "not in fp32, fp16 or bf16": [n for n, v in tensors.items() if v.dtype not in _DTYPES.values()],
     }

@@ -16,15 +16,15 @@ import pytest
 from PIL import Image
 
 from active_learning.corrections import Correction, CorrectionStore, held_out
-from active_learning.cycle import Limits, When, Workplace, due, project_of, run
+from active_learning.cycle import Limits, When, Workplace, due, run
 from active_learning.gate import Margins
 from active_learning.images import ImageStore
 from active_learning.learn import LearningConfig
-from active_learning.registry import AdapterRegistry
+from active_learning.registry import AdapterRegistry, project_of
 from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split, write_snapshot
 from active_learning.status import TrainingFolder
-from model.adapter import read_adapter
-from model.annotations import encode, read_annotations
+from model.adapter import read_adapter, write_adapter
+from model.annotations import decode, encode, read_annotations
 from model.segmenter import BUNDLED_ADAPTER
 from tests.active_learning.drawn import HEIGHT, WIDTH, strip, strip_masks
 
@@ -325,3 +325,51 @@ def test_where_the_base_alone_serves_a_candidate_is_compared_with_that(place, tr
     version = place.registry.active("project-3")
     assert version is not None
     assert version.parent is None
+
+
+TAUGHT = LearningConfig(
+    fewest_steps=30,
+    most_steps=30,
+    clicks=1,
+    checkpoint_every=100,
+    learning_rate=1e-2,
+    head_learning_rate=5e-3,
+    blends=(1.0,),
+)
+
+
+def spoil(store: CorrectionStore) -> None:
+    """Have every correction on a photo that is trained on say the contrary of what is there."""
+    for one in store.corrections("3"):
+        if not held_out(one.image):
+            wrong = replace(one, mask=encode(~decode(one.mask)), updated_s=5000.0)
+            rest = [c for c in store.get("3", one.annotation) if c.region != one.region]
+            store.replace("3", one.annotation, [*rest, wrong], updated_s=5000.0)
+
+
+def test_an_adapter_that_learned_wrong_masks_is_refused_by_the_usual_margins(place, trainings):
+    fill(place.store, place.images, photos=12)
+    spoil(place.store)
+    usual = Margins(least_objects=4, limit=4)
+    ended = carry_out(place, trainings, config=TAUGHT, margins=usual)
+    assert ended.state == "rejected", ended.said
+    assert "It does not win on the hold-out" in ended.said
+    assert "worse on the reference set" in ended.said
+    assert place.registry.active("project-3") is None
+    (version,) = place.registry.versions("project-3")
+    assert version.accepted is False
+
+
+def test_a_line_that_lost_too_much_since_its_beginning_is_compared_with_that_beginning(place, trainings, tmp_path):
+    fill(place.store, place.images, photos=6)
+    good = read_adapter(BUNDLED_ADAPTER)
+    lora = good.lora | {"level": {name: value * 1.5 for name, value in good.lora["level"].items()}}
+    write_adapter(tmp_path / "worse.safetensors", card=good.card, plain=good.plain, lora=lora)
+    worse = place.registry.publish("project-3", tmp_path / "worse.safetensors", card={"snapshot": "x"}, activate=True)
+    ended = carry_out(place, trainings)
+    version = place.registry.get("project-3", ended.version)
+    assert version.parent == worse.id
+    told = json.loads((place.registry.path(version).parent / "verdict.json").read_text())
+    first, before = told["since_first"]["incumbent"], told["reference"]["incumbent"]
+    assert told["since_first"]["candidate"] == told["reference"]["candidate"]
+    assert first["iou1"] > before["iou1"]

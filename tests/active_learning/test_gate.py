@@ -9,16 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from active_learning.gate import (
-    Margins,
-    ObjectCurve,
-    curves_of,
-    judge,
-    objects_of,
-    paired,
-    scores_of,
-    write_verdict,
-)
+from active_learning.gate import Margins, curves_of, judge, objects_of, write_verdict
+from active_learning.scores import ObjectCurve, paired, scores_of
 from model.annotations import read_annotations
 from model.evaluation.protocol import Models, Scene
 from model.segmenter import BUNDLED_ADAPTER
@@ -75,6 +67,25 @@ def test_objects_that_contradict_each_other_prove_no_small_loss_and_a_large_one_
     large = verdict(BETTER, (curves([2, 10] * 10), before))
     assert large.reference.noc90.low < 0
     assert large.decision == "rejected"
+
+
+def test_losses_that_each_were_allowed_are_not_when_they_add_up_since_the_line_began():
+    reference = (curves([4] * 19 + [5]), curves([4] * 20))  # 1.25 % worse than the incumbent
+    first = paired(candidate=reference[0], incumbent=curves([4] * 10 + [3] * 10))  # 15.7 % worse than the first
+    pairs = [paired(candidate=one[0], incumbent=one[1]) for one in (BETTER, reference)]
+    found = judge(*pairs, MARGINS, np.random.default_rng(0), since_first=first)
+    assert found.decision == "rejected"
+    assert "add up to too much on the reference set: NoC@90 +15.7%" in found.reasons[-1]
+    assert found.to_json()["since_first"]["noc90"]["relative"] == pytest.approx(0.157, abs=1e-3)
+    assert judge(*pairs, MARGINS, np.random.default_rng(0)).accepted
+    assert judge(*pairs, replace(MARGINS, total=0.2), np.random.default_rng(0), since_first=first).accepted
+
+
+def test_one_that_makes_up_for_earlier_losses_is_accepted_although_not_all_is_made_up_for():
+    reference = (curves([4] * 19 + [5]), curves([4] * 18 + [5] * 2))
+    first = paired(candidate=reference[0], incumbent=curves([4] * 10 + [3] * 10))
+    pairs = [paired(candidate=one[0], incumbent=one[1]) for one in (BETTER, reference)]
+    assert judge(*pairs, MARGINS, np.random.default_rng(0), since_first=first).accepted
 
 
 def test_a_better_mean_with_a_poorer_first_click_does_not_win():

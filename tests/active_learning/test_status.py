@@ -107,3 +107,17 @@ def test_a_request_that_a_crash_left_empty_blocks_nothing(trainings):
     assert trainings.pending() is None
     status = trainings.ask("the button again")
     assert trainings.pending() == status
+
+
+def test_losses_are_kept_by_step_once_each_until_the_next_training_is_asked_for(trainings):
+    assert trainings.losses() == []
+    status = trainings.ask("the button", now_s=1.0)
+    for step, loss in ((10, 1.5), (20, 1.0), (10, 1.25)):  # killed, and gone on from a checkpoint
+        trainings.note_loss(step, loss)
+    with (trainings.folder / "losses.jsonl").open("a") as file:
+        file.write("[30, 0.")
+    assert trainings.losses() == [(10, 1.25), (20, 1.0)]
+    trainings.end(status, "failed", "no memory")
+    assert len(trainings.losses()) == 2
+    trainings.ask("the button", now_s=2.0)
+    assert trainings.losses() == []

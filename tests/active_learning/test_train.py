@@ -12,9 +12,9 @@ from active_learning.train import (
     fine_tune,
     plain_state,
     prepare,
-    seeded,
     trainable_names,
 )
+from active_learning.training_run import seeded
 from model.adapter import load_lora, lora_state, switch_on
 from model.light.adapter import LEVEL, PHRASE
 from model.light.ladder import LadderDecoder

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _START_LIMIT_S = 300
 _MEMORY_EVERY_S = 0.05
 _DRAFTS = "DRAFTS"
+_CREDENTIALS = ("label-studio", "password-of-the-bench")
 
 
 class Backend:
@@ -41,7 +42,7 @@ class Backend:
         self.url = f"http://127.0.0.1:{self.port}"
         environment = {key: value for key, value in os.environ.items() if not key.startswith("GRACO_")}
         environment |= {"GRACO_PORT": str(self.port), "GRACO_DATA_DIR": str(data_dir)}
-        environment |= {"LABEL_STUDIO_URL": label_studio_url}
+        environment |= {"LABEL_STUDIO_URL": label_studio_url, "GRACO_PASSWORD": _CREDENTIALS[1]}
         self._log = data_dir / "bench.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -102,7 +103,7 @@ class Backend:
 
     def metrics(self) -> dict[str, float]:
         """Return /metrics as one number a line, such as `graco_step_seconds_sum{step="decode"}`."""
-        text = requests.get(f"{self.url}/metrics", timeout=10).text
+        text = requests.get(f"{self.url}/metrics", timeout=10, auth=_CREDENTIALS).text
         return {m[1]: float(m[2]) for m in re.finditer(r"^(graco_\S+) (\S+)$", text, re.MULTILINE)}
 
     def close(self) -> None:
@@ -125,6 +126,7 @@ class Annotator:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._session = requests.Session()
+        self._session.auth = _CREDENTIALS
         self._config = make_config(["Object"])
 
     def body(self, uri: str, clicks: Sequence[Click] | None, *, drafts: str = "[]") -> bytes:

@@ -1,8 +1,9 @@
 """What the end-to-end tests need: a real Label Studio, our backend as a user starts it, a real browser.
 
 GRACO_TEST_CACHE: where Label Studio is installed once. CHROMIUM: the browser.
-GRACO_E2E_BACKEND_URL: a running backend to use instead of starting ours; GRACO_E2E_LABEL_STUDIO_URL: a running Label
-Studio that knows the user and token of label_studio_server.py. Together they save two minutes while writing tests.
+GRACO_E2E_BACKEND_URL: a running backend to use instead of starting ours, with the secrets of label_studio_server.py;
+GRACO_E2E_LABEL_STUDIO_URL: a running Label Studio that knows the user and token there. Together they save two minutes
+while writing tests.
 GRACO_REQUIRE_E2E=1 (or CI=true): fail where something is missing, instead of skipping.
 GRACO_SCREENSHOTS=1: renew docs/images.
 """
@@ -28,7 +29,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 from tests.conftest import ROOT
 from tests.e2e.editor import VIEWPORT, Editor
-from tests.e2e.label_studio_server import LabelStudio, NotInstallable, connect, start_label_studio
+from tests.e2e.label_studio_server import SECRETS, LabelStudio, NotInstallable, connect, start_label_studio
 from tests.e2e.photos import Photo, drawn, find_photo
 from tests.e2e.servers import Server, free_port, get_text, serve
 
@@ -106,6 +107,7 @@ def start_backend(
             "GRACO_DATA_DIR": str(folder / "data"),
             "LABEL_STUDIO_URL": label_studio.url,
             "LABEL_STUDIO_API_KEY": label_studio.token,
+            **SECRETS,
         }
         command = [sys.executable, "-m", "ml_backend", "run"]
         url, log = f"http://127.0.0.1:{port}", folder / "backend.log"

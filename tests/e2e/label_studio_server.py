@@ -17,12 +17,23 @@ from typing import Any
 import requests
 
 from ml_backend import brush
+from ml_backend import connect as ours
+from ml_backend.settings import Settings
 from model.types import Mask
 from tests.e2e.photos import Photo
 from tests.e2e.servers import Server, free_port, serve
 
 VERSION = "1.23.2"
 EMAIL, PASSWORD, TOKEN = "admin@example.com", "probe-pass-1", "0123456789abcdef0123456789abcdef01234567"
+SECRETS = {  # of our backend, as variables
+    "GRACO_USERNAME": "journey",
+    "GRACO_PASSWORD": "password-of-the-journey",
+    "GRACO_WEBHOOK_SECRET": "secret-of-the-journey",
+    "GRACO_ADMIN_PASSWORD": "password-of-the-admin",
+    "GRACO_SESSION_SECRET": "secret-of-the-sessions",
+}
+CREDENTIALS = SECRETS["GRACO_USERNAME"], SECRETS["GRACO_PASSWORD"]
+"""User and password of our backend."""
 _INSTALL_S = 1800
 _START_S = 240  # the first start runs all migrations: 40 s on an idle machine
 
@@ -60,23 +71,29 @@ class LabelStudio:
         return response.json() if response.content else None
 
     def add_project(self, title: str, label_config: str, photo: Photo, backend: str) -> Project:
-        """Return a new project with a labelling configuration, an interactive backend and one photo.
+        """Return a new project with a labelling configuration, our backend connected by our command, and one photo.
 
         Predictions are not shown of themselves: opening the task would ask for one and prefill the annotation.
         """
         wanted = {"title": title, "label_config": label_config, "show_collab_predictions": False}
         project = self.api("POST", "/api/projects", json=wanted, status=201)["id"]
-        connection = {"project": project, "url": backend, "title": "GraCo", "is_interactive": True}
-        backend_id = self.api("POST", "/api/ml", json=connection, status=201)["id"]
+        for line in ours.connect(self.settings(), ours.Wish(project=project, url=backend)):
+            print(line)
+        (connection,) = self.api("GET", f"/api/ml?project={project}")
         files = {"file": (f"{photo.name}.jpg", photo.data, "image/jpeg")}
         self.api("POST", f"/api/projects/{project}/import", files=files)
         webhooks = self.api("GET", f"/api/webhooks/?project={project}")
         return Project(
             id=project,
             task=self.api("GET", f"/api/tasks?project={project}")["tasks"][0]["id"],
-            backend=backend_id,
+            backend=connection["id"],
             webhooks=tuple(hook["url"] for hook in webhooks if hook["send_payload"] and hook["is_active"]),
         )
+
+    def settings(self) -> Settings:
+        """Return the settings of a command of ours that talks to this Label Studio."""
+        known = {name.removeprefix("GRACO_").lower(): value for name, value in SECRETS.items()}
+        return Settings(label_studio_url=self.url, label_studio_api_key=self.token, **known)  # type: ignore[arg-type]
 
     def ask(self, project: Project, context: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the results of an interactive request for the project's task, as the editor would send it."""

@@ -36,12 +36,12 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def get_text(url: str, timeout_s: float = 5) -> str | None:
-    """Return what a server answers with status 200, or None while it does not."""
+def get_text(url: str, timeout_s: float = 5, auth: tuple[str, str] | None = None) -> str | None:
+    """Return what a server answers with status 200, or None while it does not; `auth` is user and password."""
     with requests.Session() as session:
         session.trust_env = False  # loopback requests never go through a proxy
         try:
-            response = session.get(url, timeout=timeout_s)
+            response = session.get(url, timeout=timeout_s, auth=auth)
         except requests.RequestException:
             return None
         return response.text if response.status_code == 200 else None

@@ -24,7 +24,7 @@ from model.annotations import decode
 from tests.conftest import ROOT
 from tests.e2e.conftest import Pictures, StartBackend
 from tests.e2e.editor import Editor, Exchange
-from tests.e2e.label_studio_server import LabelStudio, Project
+from tests.e2e.label_studio_server import CREDENTIALS, LabelStudio, Project
 from tests.e2e.masks import deepest, holds, iou, outskirts, read_mask
 from tests.e2e.photos import Photo, turned
 from tests.e2e.servers import get_text
@@ -69,7 +69,7 @@ def stored(annotation: dict[str, Any], kind: str) -> dict[str, Any]:
 
 def regions_counted(backend: str) -> dict[str, float]:
     """How many submitted regions our backend has counted: accepted as answered, corrected, drawn by hand."""
-    lines = (get_text(f"{backend}/metrics") or "").splitlines()
+    lines = (get_text(f"{backend}/metrics", auth=CREDENTIALS) or "").splitlines()
     lines = [line for line in lines if line.startswith("graco_regions_total{")]
     return {line.split('"')[1]: float(line.split()[-1]) for line in lines}
 

@@ -23,7 +23,7 @@ import redis
 from PIL import Image
 from prometheus_client import REGISTRY
 
-import ml_backend.service
+import ml_backend.families
 from ml_backend.app import create_app
 from ml_backend.label_config import make_config
 from ml_backend.service import Service
@@ -197,14 +197,14 @@ def _bundled_model(segmenter):
         return loaded[adapter]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ml_backend.service, "load_segmenter", load)
+        patch.setattr(ml_backend.families, "load_segmenter", load)
         yield
 
 
 def settings_for(folder, label_studio, **chosen):
-    return Settings(
-        data_dir=folder, label_studio_url=label_studio.url, label_studio_api_key=TOKEN, device="cpu", **chosen
-    )
+    """Settings for tests whose subject is not auth."""
+    base = {"data_dir": folder, "label_studio_url": label_studio.url, "label_studio_api_key": TOKEN, "device": "cpu"}
+    return Settings(**base | {"auth": "off"} | chosen)
 
 
 @pytest.fixture

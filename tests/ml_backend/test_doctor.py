@@ -23,15 +23,14 @@ from PIL import Image
 from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 
-import ml_backend.service
-from ml_backend import doctor
+from ml_backend import doctor, families
 from ml_backend.fetch import Fetcher
 from ml_backend.label_config import make_config
 from ml_backend.service import serving_version
 from ml_backend.settings import Settings
 from ml_backend.supervisor import redis_server
 from model.adapter import read_adapter, write_adapter
-from model.segmenter import load_segmenter
+from model.segmenter import digest_of, load_segmenter
 from model.types import Refusal
 from tests.conftest import missing
 
@@ -168,7 +167,7 @@ def studio(servers, backend):
 def _light(monkeypatch):
     """Loading the model takes seconds; the tests of the weights do it for real."""
     monkeypatch.setattr(
-        doctor, "load_segmenter", lambda *_, **__: SimpleNamespace(version=VERSION, adapter="an-adapter")
+        families, "load_segmenter", lambda *_, **__: SimpleNamespace(version=VERSION, adapter="an-adapter")
     )
     for name in ("LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY", "GRACO_REDIS_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -233,26 +232,26 @@ def test_a_disk_nearly_full(settings, monkeypatch, free_mb, status):
 def weights(tmp_path, monkeypatch, data, card=None):
     file = tmp_path / "light.safetensors"
     file.write_bytes(data)
-    file.with_suffix(".md").write_text(doctor.digest_of(data) if card is None else card)
-    monkeypatch.setattr(doctor, "WEIGHTS", file)
-    monkeypatch.setattr(doctor, "load_segmenter", load_segmenter)
+    file.with_suffix(".md").write_text(digest_of(data) if card is None else card)
+    monkeypatch.setattr(families, "BUNDLED", file)
+    monkeypatch.setattr(families, "load_segmenter", load_segmenter)
     return next(doctor._weights(Settings()))
 
 
 def test_the_bundled_weights_are_well(monkeypatch):
-    monkeypatch.setattr(doctor, "load_segmenter", load_segmenter)
+    monkeypatch.setattr(families, "load_segmenter", load_segmenter)
     assert next(doctor._weights(Settings())).status == "ok"
 
 
 def test_missing_weights(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "WEIGHTS", tmp_path / "light.safetensors")
+    monkeypatch.setattr(families, "BUNDLED", tmp_path / "light.safetensors")
     found = check(settings(), "weights")
     assert found.status == "error"
     assert "git checkout -- model/weights/light.safetensors" in found.remedy
 
 
 def test_weights_of_another_digest_or_cut_short(tmp_path, monkeypatch):
-    whole = doctor.WEIGHTS.read_bytes()
+    whole = families.BUNDLED.read_bytes()
     for data, card, word in [(whole[:-1], "2b565ddf", "model card"), (whole[:5000], None, "damaged")]:
         found = weights(tmp_path, monkeypatch, data, card)
         assert found.status == "error"
@@ -262,22 +261,22 @@ def test_weights_of_another_digest_or_cut_short(tmp_path, monkeypatch):
 
 def adapter(path, monkeypatch, choice=None):
     """The doctor's check of an adapter file, in the bundled one's place or as the operator's own."""
-    monkeypatch.setattr(doctor, "load_segmenter", load_segmenter)
+    monkeypatch.setattr(families, "load_segmenter", load_segmenter)
     if choice is None:
-        monkeypatch.setattr(doctor, "ADAPTER", path)
-        monkeypatch.setattr(ml_backend.service, "ADAPTER", path)
+        monkeypatch.setattr(doctor, "BUNDLED_ADAPTER", path)
+        monkeypatch.setattr(families, "BUNDLED_ADAPTER", path)
     return next(doctor._adapter(Settings(adapter=choice or "bundled")))
 
 
 def test_the_bundled_adapter_is_well(monkeypatch):
-    found = adapter(doctor.ADAPTER, monkeypatch)
+    found = adapter(families.BUNDLED_ADAPTER, monkeypatch)
     assert found.status == "ok"
     assert "light-granularity-" in found.seen
 
 
 def test_a_damaged_adapter_has_a_remedy_that_fits_whose_it_is(tmp_path, monkeypatch):
     path = tmp_path / "light-granularity.safetensors"
-    path.write_bytes(doctor.ADAPTER.read_bytes()[:5000])
+    path.write_bytes(families.BUNDLED_ADAPTER.read_bytes()[:5000])
     own = adapter(path, monkeypatch, choice=path)
     assert (own.status, "unset GRACO_ADAPTER" in own.remedy) == ("error", True)
     bundled = adapter(path, monkeypatch)
@@ -286,7 +285,7 @@ def test_a_damaged_adapter_has_a_remedy_that_fits_whose_it_is(tmp_path, monkeypa
 
 
 def test_an_adapter_of_another_base_says_which(tmp_path, monkeypatch):
-    file = read_adapter(doctor.ADAPTER)
+    file = read_adapter(families.BUNDLED_ADAPTER)
     path = tmp_path / "other.safetensors"
     write_adapter(path, card=file.card | {"base": "0123456789abcdef"}, plain=file.plain, lora=file.lora)
     found = adapter(path, monkeypatch, choice=path)
@@ -591,6 +590,10 @@ def test_a_backend_of_others_is_not_ours(settings, studio, backend):
             "LABEL_STUDIO_ML_BLOCK_LOCAL_IP=false and LABEL_STUDIO_SSRF_PROTECTION_ENABLED=false",
         ),
         ({"is_interactive": False}, "Interactive preannotations"),
+        (
+            {"state": "ER", "error_message": "401 Client Error: UNAUTHORIZED for url: http://x/setup"},
+            "python -m ml_backend connect --project 7 --url http://127.0.0.1:",
+        ),
     ],
 )
 def test_a_connection_that_does_not_serve_clicks(settings, studio, change, remedy):
@@ -598,6 +601,36 @@ def test_a_connection_that_does_not_serve_clicks(settings, studio, change, remed
     found = check(settings(), "project 7")
     assert found.status == "error"
     assert remedy in found.remedy
+
+
+def test_a_webhook_has_to_carry_the_secret_once_there_is_one(settings, studio):
+    known = {"password": "password-of-ls", "webhook_secret": "secret-of-webhooks"}
+    assert check(settings(), "project 7 webhook").status == "ok", "this backend was never started"
+    for headers, status in [
+        ({}, "error"),
+        ({"X-Graco-Secret": "secret-of-yesterday"}, "error"),
+        ({"x-graco-secret": "secret-of-webhooks"}, "ok"),
+        ({"Authorization": "Basic bGFiZWwtc3R1ZGlvOnBhc3N3b3JkLW9mLWxz"}, "ok"),
+        ({"Authorization": "Basic bGFiZWwtc3R1ZGlvOnBhc3N3b3JkLW9mLWxz", "X-Graco-Secret": "other"}, "error"),
+    ]:
+        studio.webhook["headers"] = headers
+        found = check(settings(**known), "project 7 webhook")
+        assert found.status == status, headers
+        assert ("python -m ml_backend connect --project 7" in found.remedy) == (status == "error")
+        assert not any(secret in found.seen + found.remedy for secret in known.values())
+    assert check(settings(auth="off"), "project 7 webhook").status == "ok"
+
+
+def test_auth_that_is_off_and_secrets_that_others_can_read_are_warnings(settings, tmp_path):
+    off = check(settings(auth="off", host="0.0.0.0"), "auth")
+    assert (off.status, "unset GRACO_AUTH" in off.remedy) == ("warning", True)
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data" / "secrets.json").write_text('{"password": "x"}')
+    (tmp_path / "data" / "secrets.json").chmod(0o644)
+    assert check(settings(), "auth").remedy.startswith("chmod 600 ")
+    (tmp_path / "data" / "secrets.json").write_text("{")
+    (tmp_path / "data" / "secrets.json").chmod(0o600)
+    assert check(settings(), "auth").status == "error"
 
 
 def test_a_title_in_place_of_the_model_version_is_a_hint(settings, studio):

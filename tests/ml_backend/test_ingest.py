@@ -141,6 +141,36 @@ def test_recorded_events_leave_what_label_studio_had_at_the_end(intake):
     assert intake.inbox.counts()["failed"] == intake.inbox.counts()["undone"] == 0
 
 
+def renamed(*classes, minute):
+    project = {"id": 3, "label_config": make_config(list(classes)), "updated_at": stamp(minute)}
+    return {"action": "PROJECT_UPDATED", "project": project}
+
+
+def test_a_class_that_was_renamed_or_removed_stays_with_its_corrections_and_is_told(intake):
+    take(intake, event(annotation(region(), region(id="r2"))), renamed("Object", "Part", minute=2))
+    assert intake.corrections.strays("3") == {}
+    take(intake, renamed("Thing", minute=4), renamed("Object", minute=3))
+    assert intake.corrections.strays(None) == {"3": {"Object": 2}}
+    assert intake.corrections.strays("4") == {}
+    assert {c.label for c in intake.corrections.corrections("3")} == {"Object"}
+    take(intake, renamed("Object", "Part", minute=5))  # back again: the same configuration once more
+    assert intake.corrections.strays("3") == {}
+    assert intake.inbox.counts()["failed"] == intake.inbox.counts()["undone"] == 0
+
+
+def test_a_project_whose_classes_come_with_the_task_has_no_stray_class(intake):
+    config = CONFIG.replace('<BrushLabels name="mask"', '<BrushLabels value="$classes" name="mask"')
+    assert config != CONFIG
+    take(intake, event(), {"action": "PROJECT_UPDATED", "project": {"id": 3, "label_config": config}})
+    assert intake.corrections.strays("3") == {}
+
+
+def test_a_configuration_that_cannot_be_read_is_done_with(intake, caplog):
+    take(intake, event(), {"action": "PROJECT_UPDATED", "project": {"id": 3, "label_config": "<View/>"}})
+    assert "nothing to learn from" in caplog.text
+    assert intake.inbox.counts() == {"undone": 0, "done": 2, "failed": 0}
+
+
 def test_the_same_event_five_times_is_one(intake):
     take(intake, *[event()] * 5)
     take(intake, event() | {"again": "another body"})

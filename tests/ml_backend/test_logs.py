@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import time
 
 import pytest
 
@@ -37,6 +39,7 @@ def test_json_lines_parse_and_carry_time_level_logger_request_and_message(config
         logs.request_id.reset(token)
     (line,) = map(json.loads, lines())
     assert line.pop("time").endswith("Z")
+    assert line.pop("process") == os.getpid()
     assert line == {
         "level": "WARNING",
         "logger": "ml_backend.test",
@@ -74,6 +77,34 @@ def test_all_lines_of_a_prediction_carry_the_id_that_the_answer_names(configure,
     assert ours
     assert {line["request"] for line in ours} == {response.headers["X-Request-Id"]}
     assert TOKEN not in json.dumps(parsed)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_addresses_lose_passwords_and_queries_and_named_secrets_are_blotted_out_also_in_a_traceback(configure, as_json):
+    lines = configure("INFO", as_json=as_json)
+    logs.hide(["canary-hidden", "short"])
+    ours = logging.getLogger("ml_backend.test")
+    ours.info("GET http://me:canary-pw@host/a.png?sig=canary-query and /data/x.png?d=canary-path, not and/or?")
+    ours.info("image %s", "data:image/png;base64,canarybytes")
+    try:
+        raise ValueError("canary-hidden at https://host/?canary-inside")
+    except ValueError:
+        ours.exception("it was short")
+    text = "\n".join(lines())
+    assert "canary" not in text
+    assert "http://***@host/a.png?*** and /data/x.png?*** not and/or?" in text
+    assert "it was short" in text
+    assert "ValueError: *** at https://host/?***" in text
+
+
+def test_a_line_of_any_length_is_cut_and_searched_in_little_time(configure):
+    lines = configure("INFO", as_json=True)
+    start_s = time.perf_counter()
+    for text in ("/-" * 50_000, "a://" * 25_000, "data:" * 20_000, "http://" + "x" * 100_000):
+        logging.getLogger("ml_backend.test").info(text)
+    took_s = time.perf_counter() - start_s
+    assert all(len(line) < 25_000 for line in lines())
+    assert took_s < 5
 
 
 def test_configuring_twice_writes_each_line_once(configure):

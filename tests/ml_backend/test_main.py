@@ -4,7 +4,6 @@ import pytest
 from typer.testing import CliRunner
 
 import ml_backend.supervisor
-import model.segmenter
 from ml_backend.__main__ import app
 from ml_backend.label_config import make_config
 from model.types import Refusal
@@ -56,7 +55,7 @@ def test_prepare_loads_what_will_be_served_and_fails_with_a_sentence_where_that_
         asked.append(kwargs)
         raise Refusal("adapter mine.safetensors cannot be read")
 
-    monkeypatch.setattr(model.segmenter, "load_segmenter", load)
+    monkeypatch.setattr("ml_backend.families.load_segmenter", load)
     monkeypatch.setattr("ml_backend.logs.configure", lambda *args, **kwargs: None)
     (mine := tmp_path / "mine.safetensors").write_bytes(b"")
     monkeypatch.setenv("GRACO_ADAPTER", str(mine))

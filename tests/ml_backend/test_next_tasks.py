@@ -1,20 +1,31 @@
 import contextlib
 import functools
 import json
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from rq import Queue
+from rq.serializers import JSONSerializer
 from typer.testing import CliRunner
 
-from ml_backend import next_tasks
+from active_learning.registry import AdapterRegistry
+from ml_backend import jobs, next_tasks
 from ml_backend.__main__ import app
+from ml_backend.jobs import ask_for_scores, connect, enqueue_scores
 from ml_backend.label_config import make_config
-from ml_backend.next_tasks import SAMPLING
+from ml_backend.next_tasks import SAMPLING, wants_scores
+from ml_backend.trainings import _have_tasks_scored
+from model.segmenter import BUNDLED_ADAPTER
 from model.types import Refusal
-from tests.ml_backend.conftest import SIZES, TOKEN, picture
+from tests.conftest import ROOT
+from tests.ml_backend.conftest import SIZES, TOKEN, picture, settings_for
 
 score_tasks = functools.partial(next_tasks.score_tasks, clicks=1)  # one is quick, and enough to order three photos
 EARLIER = "light-00000000+granularity-11111111"
@@ -29,6 +40,7 @@ class Studio:
         self.files = {f"/data/upload/3/{name}.png": picture(*size) for name, size in SIZES.items()}
         self.tasks = {n: {"image": uri} for n, uri in enumerate(self.files, 1)}
         self.annotated, self.annotators, self.predictions = set(), [1], {}
+        self.backends = [{"id": 1, "url": "http://localhost:9090", "title": "GraCo"}]
         self.asked, self.broken = Counter(), set()
         outer = self
 
@@ -71,6 +83,8 @@ class Studio:
                     return 400, {}
                 self.project |= content
                 return 200, self.project
+            case "GET", ["api", "ml"]:
+                return 200, self.backends
             case "GET", ["api", "projects", "3", "annotators"]:
                 return 200, [{"id": n} for n in self.annotators]
             case "GET", ["api", "tasks"]:
@@ -240,3 +254,123 @@ def test_the_command_says_what_is_missing(monkeypatch, tmp_path):
     result = CliRunner().invoke(app, ["next-tasks", "--project", "3"])
     assert result.exit_code == 1
     assert "LABEL_STUDIO_URL is not set" in result.output
+
+
+# --- by itself ---
+
+
+def worker(settings, label_studio, redis_url, **more):
+    """Run a worker until no job is left."""
+    environment = {
+        **os.environ,
+        **{"GRACO_REDIS_URL": redis_url, "GRACO_DATA_DIR": str(settings.data_dir), "GRACO_ENCODER": "exact"},
+        **{"LABEL_STUDIO_URL": label_studio.url, "LABEL_STUDIO_API_KEY": TOKEN, "GRACO_DEVICE": "cpu"},
+        **more,
+    }
+    command = [sys.executable, "-m", "ml_backend", "worker", "--burst"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+def due(settings):
+    return [path.name for path in (settings.data_dir / "selection").glob("*.due")]
+
+
+def test_a_published_version_has_the_worker_score_the_tasks_and_move_the_projects_version(
+    label_studio, tmp_path, redis_url, segmenter
+):
+    settings = settings_for(tmp_path / "data", label_studio, redis_url=redis_url)
+    label_studio.project |= {"sampling": SAMPLING, "model_version": EARLIER}
+    label_studio.predict(task=1, model_version=EARLIER, score=0.5, result=[])
+    registry = AdapterRegistry(settings.data_dir / "adapters", base=segmenter.digest)
+    version = registry.publish("project-3", BUNDLED_ADAPTER, card={}, activate=True)
+    _have_tasks_scored(settings, "project-3")
+    assert due(settings) == ["3.due"]
+    said = worker(settings, label_studio, redis_url)
+    served = label_studio.project["model_version"]
+    assert served.endswith(f"+project-3-{version.id}"), said
+    assert sorted(scores(label_studio, served).values()) == pytest.approx([0, 1 / 3, 2 / 3])
+    assert label_studio.next_task() == min(scores(label_studio, served), key=scores(label_studio, served).get)
+    assert scores(label_studio, EARLIER) == {}
+    assert due(settings) == []
+    wrote = label_studio.wrote()
+    worker(settings, label_studio, redis_url)
+    assert label_studio.wrote() == wrote, "nothing was asked for again"
+
+
+def test_asked_for_again_while_it_waits_the_scoring_is_one_job_and_none_where_it_is_switched_off(
+    label_studio, tmp_path, redis_url
+):
+    settings = settings_for(tmp_path / "data", label_studio, redis_url=redis_url)
+    off = settings.model_copy(update={"next_tasks": "off"})
+    ask_for_scores(off, 3)
+    assert not (settings.data_dir / "selection").exists()
+    ask_for_scores(settings, 3)
+    with connect(redis_url) as connection:
+        queue = Queue(jobs.CORRECTIONS, connection=connection, serializer=JSONSerializer)
+        enqueue_scores(off, connection)
+        assert queue.count == 0
+        for _ in range(3):
+            enqueue_scores(settings, connection)
+        (job_id,) = queue.get_job_ids()
+        assert job_id.startswith("next-tasks-3-")
+        assert queue.fetch_job(job_id).timeout == 600
+
+
+@pytest.mark.parametrize(
+    ("changed", "backends", "wanted"),
+    [
+        ({"sampling": SAMPLING, "model_version": "GraCo"}, None, True),
+        ({"sampling": SAMPLING, "model_version": EARLIER}, None, True),
+        ({"sampling": SAMPLING, "model_version": ""}, None, True),
+        ({"sampling": SAMPLING, "model_version": "yolo-8"}, None, False),
+        ({"model_version": EARLIER}, None, False),
+        ({"sampling": SAMPLING}, [{"url": "http://localhost:1234", "title": "GraCo"}], False),
+    ],
+)
+def test_a_projects_version_is_moved_where_it_is_ours_and_label_studio_samples_by_it(
+    label_studio, make_service, changed, backends, wanted
+):
+    label_studio.project |= changed
+    label_studio.backends = backends or label_studio.backends
+    service = make_service()
+    assert wants_scores(service.settings, 3) == wanted
+    before = dict(label_studio.project)
+    outcome = score_tasks(service, 3)
+    moved = label_studio.project == before | {"model_version": outcome.version}
+    assert (moved, label_studio.project == before) == (wanted, not wanted)
+
+
+def test_a_run_that_is_limited_in_time_goes_on_in_the_next_and_writes_once_all_was_looked_at(
+    label_studio, make_service
+):
+    service = make_service()
+    slow = functools.partial(score_tasks, service, 3, limit_s=0.2, pause=lambda: time.sleep(0.25))
+    first = slow()
+    assert (first.looked, first.left, first.scored, first.finished) == (1, 2, 0, False)
+    assert label_studio.predictions == {}
+    runs = [first]
+    while not runs[-1].finished:
+        runs.append(slow())
+    assert len(runs) <= 4
+    assert len(scores(label_studio, first.version)) == 3
+
+
+def test_a_task_without_an_image_is_not_tried_again_in_a_run_that_goes_on(label_studio, make_service):
+    label_studio.tasks[2] = {"image": "/data/upload/3/lost.png"}
+    refused = set()
+    assert score_tasks(make_service(), 3, refused=refused).refused == 1
+    asked = label_studio.asked["GET /data/upload/3/lost.png"]
+    again = score_tasks(make_service(), 3, refused=refused)
+    assert (again.refused, again.finished, label_studio.asked["GET /data/upload/3/lost.png"]) == (0, True, asked)
+
+
+def test_where_label_studio_is_away_the_scoring_is_given_up_with_a_sentence(label_studio, tmp_path, redis_url):
+    settings = settings_for(tmp_path / "data", label_studio, redis_url=redis_url)
+    ask_for_scores(settings, 3)
+    label_studio.broken.add("GET /api/projects")
+    said = worker(settings, label_studio, redis_url)
+    assert "tasks of project 3 are not scored until they are asked for again: Label Studio answered 500" in said
+    assert due(settings) == []

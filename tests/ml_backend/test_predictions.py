@@ -9,8 +9,8 @@ from ml_backend import brush, outlines
 from ml_backend.label_config import make_config, read_config
 from ml_backend.label_studio import shape_digest, unpack_shape
 from ml_backend.predictions import predict_tasks
-from ml_backend.service import ADAPTER
 from model.adapter import read_adapter
+from model.segmenter import BUNDLED_ADAPTER
 from tests.ml_backend.conftest import CHELSEA, SIZES, ask, click, picture, wait_until
 
 COFFEE = "/data/upload/3/f4aecc9d-coffee.jpg"
@@ -163,7 +163,7 @@ def phrased(text, level=None, region="c1"):
 
 def known_name(service):
     """A name of the bundled adapter's vocabulary."""
-    return read_adapter(ADAPTER).card["vocabulary"][0]
+    return read_adapter(BUNDLED_ADAPTER).card["vocabulary"][0]
 
 
 def test_a_phrase_the_adapter_knows_is_obeyed_however_it_is_written_and_goes_with_a_level(service, caplog, counted):

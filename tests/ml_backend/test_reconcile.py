@@ -120,6 +120,15 @@ def compare(settings, intake, **how):
     return found.added, found.deleted
 
 
+def test_a_change_of_classes_that_no_webhook_brought_is_known_afterwards(settings, intake, studio):
+    studio.add(annotation(id=1))
+    compare(settings, intake)
+    assert intake.corrections.strays("3") == {}
+    studio.projects[3] |= {"label_config": CONFIG.replace("Object", "Thing"), "updated_at": "2126-01-01T00:00:00Z"}
+    compare(settings, intake)
+    assert intake.corrections.strays("3") == {"3": {"Object": 1}}
+
+
 def test_annotations_that_no_webhook_brought_are_taken_in(settings, intake, studio):
     for number in range(1, 121):
         studio.add(annotation(id=number))

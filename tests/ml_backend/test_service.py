@@ -10,13 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+import ml_backend.families
 import ml_backend.service
 from ml_backend.app import create_app
 from ml_backend.images import TaskImage
 from ml_backend.label_config import read_config
 from ml_backend.predictions import predict_tasks
-from ml_backend.service import ADAPTER, BoundedCache, serving_version
+from ml_backend.service import BoundedCache, serving_version
 from ml_backend.settings import Settings
+from model.segmenter import BUNDLED_ADAPTER
 from model.types import Click, Prompt, Refusal
 from tests.conftest import ROOT
 from tests.ml_backend.conftest import CHELSEA, SIZES, ask, box, click, picture, wait_until
@@ -67,7 +69,7 @@ def test_sixteen_threads_with_200_mixed_requests_each_get_the_answers_computed_o
 def test_the_same_request_gets_the_same_answer_cold_warm_after_a_restart_and_after_eviction(
     make_service, counted, segmenter, monkeypatch
 ):
-    monkeypatch.setattr(ml_backend.service, "load_segmenter", lambda *args, **kwargs: segmenter)  # encodes each time
+    monkeypatch.setattr(ml_backend.families, "load_segmenter", lambda *args, **kwargs: segmenter)  # encodes each time
     body = ask(click(31, 40, level="0.5"), click(40, 45, region="c2", positive=False, level="0.5"))
     first = make_service()
     cold = answered(first, body)
@@ -118,7 +120,7 @@ def test_health_and_setup_answer_while_the_model_loads_and_the_first_click_waits
         go.wait(30)
         return segmenter
 
-    monkeypatch.setattr(ml_backend.service, "load_segmenter", slow)
+    monkeypatch.setattr(ml_backend.families, "load_segmenter", slow)
     client = create_app(make_service()).test_client()
     with ThreadPoolExecutor(1) as pool:
         first_click = pool.submit(lambda: post_elsewhere(client, ask(click(31, 40))))
@@ -141,7 +143,7 @@ def test_waiting_clicks_leave_places_for_health_and_one_too_many_is_told_so(make
         go.wait(30)
         return segmenter
 
-    monkeypatch.setattr(ml_backend.service, "load_segmenter", slow)
+    monkeypatch.setattr(ml_backend.families, "load_segmenter", slow)
     client = create_app(make_service(threads=4)).test_client()
     with ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(post_elsewhere, client, ask(click(31, 40 + i))) for i in range(3)]
@@ -164,7 +166,7 @@ def test_a_model_that_cannot_be_loaded_gives_refusals_with_its_reason_and_health
     def broken(*args, **kwargs):
         raise Refusal("weights light.safetensors are damaged; restore the file from the repository")
 
-    monkeypatch.setattr(ml_backend.service, "load_segmenter", broken)
+    monkeypatch.setattr(ml_backend.families, "load_segmenter", broken)
     service = make_service()
     client = create_app(service).test_client()
     answer = client.post("/predict", json=ask(click(31, 40)))
@@ -194,7 +196,7 @@ def test_the_bundled_weights_load_by_the_service_itself_and_a_second_start_does_
 def test_the_version_names_the_pair_that_serves_before_anything_is_loaded(tmp_path, segmenter):
     assert serving_version(Settings(adapter="none")) == segmenter.version
     own = tmp_path / "cars.safetensors"
-    own.write_bytes(ADAPTER.read_bytes())
+    own.write_bytes(BUNDLED_ADAPTER.read_bytes())
     bundled, mine = (serving_version(Settings(adapter=choice)) for choice in ("bundled", own))
     assert bundled.startswith(f"{segmenter.version}+granularity-")
     assert mine.partition("+")[2] == bundled.partition("+granularity-")[2].join(["cars-", ""])
@@ -206,9 +208,9 @@ def test_an_adapter_that_does_not_load_is_told_by_health_and_by_each_answer(
     def load(*args, adapter, **kwargs):
         return segmenter.with_adapter(adapter)
 
-    monkeypatch.setattr(ml_backend.service, "load_segmenter", load)
+    monkeypatch.setattr(ml_backend.families, "load_segmenter", load)
     wrong = tmp_path / "wrong.safetensors"
-    wrong.write_bytes(ADAPTER.read_bytes()[:1000])
+    wrong.write_bytes(BUNDLED_ADAPTER.read_bytes()[:1000])
     client = create_app(make_service(adapter=wrong)).test_client()
     reason = client.post("/predict", json=ask(click(31, 40))).json["results"][0]["reason"]
     assert f"adapter {wrong} cannot be read" in reason
@@ -236,11 +238,11 @@ def test_the_first_click_with_a_level_imports_nothing():
     """What it needs is imported when the model is loaded, not while an annotator waits."""
     code = """if True:
         import sys
-        from ml_backend.service import ADAPTER, FAMILY, WEIGHTS
-        from model.segmenter import load_segmenter, predict
+        import ml_backend.service
+        from model.segmenter import BUNDLED, BUNDLED_ADAPTER, load_segmenter, predict
         from model.types import Click, Granularity, Prompt
         import numpy as np
-        segmenter = load_segmenter(FAMILY, WEIGHTS, adapter=ADAPTER, device="cpu", encoder="exact")
+        segmenter = load_segmenter("light", BUNDLED, adapter=BUNDLED_ADAPTER, device="cpu", encoder="exact")
         before = set(sys.modules)
         encoded = segmenter.encode(np.zeros((48, 64, 3), np.uint8))
         prompt = Prompt(clicks=(Click(x=9, y=9, positive=True),), granularity=Granularity(3))

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import ml_backend.serving
 from active_learning.registry import AdapterRegistry
-from ml_backend import brush, doctor
+from ml_backend import brush, doctor, families
 from ml_backend.__main__ import app
 from ml_backend.app import create_app
 from ml_backend.embeddings import EmbeddingCache
@@ -28,7 +28,7 @@ from ml_backend.serving import lines_of
 from ml_backend.settings import Settings
 from ml_backend.supervisor import web_command
 from model.adapter import read_adapter
-from model.segmenter import predict
+from model.segmenter import digest_of, predict
 from tests.conftest import ROOT
 from tests.ml_backend.conftest import SIZES, TOKEN, ask, click, picture, settings_for, wait_until
 from tests.ml_backend.test_supervisor import free_port
@@ -178,7 +178,7 @@ def spoil(registry, version, how):
         next(iter(tensors.values())).view(-1)[0] = float("nan")
         save_file(tensors, path, {"card": card})
         told = path.with_name("card.json")
-        told.write_text(told.read_text().replace(version.digest, doctor.digest_of(path.read_bytes())))
+        told.write_text(told.read_text().replace(version.digest, digest_of(path.read_bytes())))
     elif how == "of another base":
         told = path.with_name("card.json")
         told.write_text(told.read_text().replace(registry.base, "ab" * 32))
@@ -256,6 +256,7 @@ def web(tmp_path, label_studio):
         settings = settings_for(tmp_path / "data", label_studio, port=free_port())
         environment = os.environ | {
             **{"GRACO_DATA_DIR": str(settings.data_dir), "GRACO_ENCODER": "exact", "GRACO_DEVICE": "cpu"},
+            "GRACO_AUTH": "off",
             **{"LABEL_STUDIO_URL": label_studio.url, "LABEL_STUDIO_API_KEY": TOKEN, "GRACO_COMPUTE_THREADS": "1"},
         }
         log = (tmp_path / f"web-{len(started)}.log").open("wb")
@@ -289,7 +290,7 @@ def asked_directly(segmenter, cache, body):
     read = read_ask(
         *(read_config(body["label_config"]), body["tasks"][0], body["params"]["context"]), default_granularity=None
     )
-    encoded = cache.get(doctor.digest_of(picture(*SIZES["chelsea"])))
+    encoded = cache.get(digest_of(picture(*SIZES["chelsea"])))
     return predict(segmenter, encoded, segmenter.understood(read.prompt)).best.mask
 
 
@@ -441,7 +442,7 @@ def test_a_wrong_setting_is_a_line_naming_it(adapters, monkeypatch):
 def test_the_doctor_says_which_version_serves_each_line_and_which_does_not_load(
     registry, trained, label_studio, tmp_path, segmenter, monkeypatch
 ):
-    monkeypatch.setattr(doctor, "load_segmenter", lambda *args, **kwargs: segmenter)
+    monkeypatch.setattr(families, "load_segmenter", lambda *args, **kwargs: segmenter)
     settings = settings_for(tmp_path / "data", label_studio)
 
     def look():

@@ -3,18 +3,36 @@
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from ml_backend.settings import Settings
 
+SECRET_FILE = Path(__file__).resolve().with_name("secret_of_a_file.txt")
 READ = {
     "GRACO_HOST": ("host", "0.0.0.0", "0.0.0.0"),
     "GRACO_PORT": ("port", "8080", 8080),
     "GRACO_THREADS": ("threads", "5", 5),
     "GRACO_CACHE_DIR": ("cache_dir", "/var/cache/graco", Path("/var/cache/graco")),
     "GRACO_DATA_DIR": ("data_dir", "/var/graco", Path("/var/graco")),
+    "GRACO_WEB_PROCESSES": ("web_processes", "2", 2),
+    "GRACO_SHARED_DIR": ("shared_dir", "/mnt/graco", Path("/mnt/graco")),
+    "GRACO_LEDGER": ("ledger", "here", "here"),
     "LABEL_STUDIO_URL": ("label_studio_url", "https://ls.example/labels/", "https://ls.example/labels"),
     "LABEL_STUDIO_API_KEY": ("label_studio_api_key", "secret", "secret"),
+    "LABEL_STUDIO_API_KEY_FILE": ("label_studio_api_key_file", str(SECRET_FILE), SECRET_FILE),
+    "GRACO_AUTH": ("auth", "off", "off"),
+    "GRACO_USERNAME": ("username", "ann", "ann"),
+    "GRACO_PASSWORD": ("password", "password-of-ls", "password-of-ls"),
+    "GRACO_PASSWORD_FILE": ("password_file", str(SECRET_FILE), SECRET_FILE),
+    "GRACO_WEBHOOK_SECRET": ("webhook_secret", "secret-of-hooks", "secret-of-hooks"),
+    "GRACO_WEBHOOK_SECRET_FILE": ("webhook_secret_file", str(SECRET_FILE), SECRET_FILE),
+    "GRACO_ADMIN_PASSWORD": ("admin_password", "password-of-admin", "password-of-admin"),
+    "GRACO_ADMIN_PASSWORD_FILE": ("admin_password_file", str(SECRET_FILE), SECRET_FILE),
+    "GRACO_SESSION_SECRET": ("session_secret", "secret-of-sessions", "secret-of-sessions"),
+    "GRACO_SESSION_SECRET_FILE": ("session_secret_file", str(SECRET_FILE), SECRET_FILE),
+    "GRACO_PROXIES": ("proxies", "1", 1),
+    "GRACO_REQUESTS_PER_MINUTE": ("requests_per_minute", "0", 0),
+    "GRACO_REQUEST_MAX_TASKS": ("request_max_tasks", "9", 9),
     "GRACO_DEVICE": ("device", "cpu", "cpu"),
     "GRACO_ENCODER": ("encoder", "exact", "exact"),
     "GRACO_COMPUTE_THREADS": ("compute_threads", "2", 2),
@@ -58,7 +76,10 @@ def test_a_setting_is_read_under_its_name(monkeypatch, variable):
     field, text, value = READ[variable]
     monkeypatch.setenv(variable, text)
     got = getattr(Settings(), field)
-    assert (got.get_secret_value() if variable == "LABEL_STUDIO_API_KEY" else got) == value
+    assert (got.get_secret_value() if isinstance(got, SecretStr) else got) == value
+    if variable.endswith("_FILE"):
+        secret = getattr(Settings(), field.removesuffix("_file"))
+        assert secret.get_secret_value() == SECRET_FILE.read_text().strip()
 
 
 @pytest.mark.parametrize("variable", READ)

@@ -173,15 +173,15 @@ def test_the_socket_of_a_long_data_directory_is_short_and_its_own(tmp_path):
     assert redis_socket(deep) == redis_socket(deep / ".." / "data")
 
 
-def test_the_web_server_has_one_process_and_the_threads_of_the_settings(tmp_path, label_studio):
-    command = web_command(settings_for(tmp_path, label_studio, threads=5, host="0.0.0.0", port=9999))
+def test_the_web_server_has_the_processes_and_threads_of_the_settings(tmp_path, label_studio):
+    command = web_command(settings_for(tmp_path, label_studio, threads=5, host="0.0.0.0", port=9999, web_processes=2))
     words = dict(itertools.pairwise(command))
-    assert (words["--workers"], words["--threads"], words["--bind"]) == ("1", "5", "0.0.0.0:9999")
+    assert (words["--workers"], words["--threads"], words["--bind"]) == ("2", "5", "0.0.0.0:9999")
     assert "--preload" not in command
 
 
 def test_an_adapter_named_from_here_is_found_by_the_web_process_which_runs_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.safetensors").write_bytes(b"")
-    *_, web = _children(Settings(data_dir=tmp_path, adapter="mine.safetensors"), tmp_path)
+    *_, web = _children(Settings(data_dir=tmp_path, adapter="mine.safetensors"), tmp_path, tmp_path)
     assert web.environment["GRACO_ADAPTER"] == str(tmp_path / "mine.safetensors")

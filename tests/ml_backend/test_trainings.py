@@ -18,7 +18,7 @@ from active_learning.images import ImageStore
 from active_learning.registry import AdapterRegistry
 from ml_backend.jobs import connect
 from ml_backend.settings import Settings
-from ml_backend.trainings import TRAINING, Patience, folder_of, line_of, request, requeue, train
+from ml_backend.trainings import TRAINING, Patience, folder_of, line_of, request, requeue, train, why_not
 from tests.active_learning.test_cycle import fill
 from tests.conftest import ROOT
 from tests.ml_backend.conftest import wait_until
@@ -116,6 +116,19 @@ def test_a_training_whose_process_dies_again_and_again_fails_with_a_sentence(set
     assert ended is not None
     assert (ended.id, ended.state) == (status.id, "failed")
     assert "died 40 times" in ended.said
+
+
+def test_a_training_that_would_bring_nothing_is_told_why_and_one_that_failed_may_be_tried_again(settings):
+    folder = folder_of(settings, "project-3")
+    assert why_not(None, 0) == "there are no corrections yet"
+    assert why_not(None, 1) is None
+    status = folder.ask("the button")
+    assert why_not(folder.status(), 5) == "one is queued already"
+    folder.end(status, "rejected", "it is worse")
+    assert why_not(folder.status(), 0) == "nothing was corrected since the last training"
+    assert why_not(folder.status(), 1) is None
+    folder.end(folder.ask("the button"), "failed", "no memory")
+    assert why_not(folder.status(), 0) is None
 
 
 def test_lines_follow_the_setting(settings):

@@ -74,6 +74,7 @@ class Painter:
     version: str = "painter-1"
     encoding: str = "painter-1-none"
     adapter: str | None = None
+    first_step_serves_all_levels: bool = True
 
     def with_adapter(self, adapter: Path | None) -> Painter:
         return self

@@ -1,0 +1,88 @@
+"""The admin's page on trainings: start, watch and cancel one, and see how others ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flask import Blueprint, flash, render_template
+from markupsafe import Markup
+
+from active_learning.status import TrainingStatus
+from ml_backend import charts
+from ml_backend.admin_common import Answer, given, known_lines, ledger, line_or_404, show_at, telling
+from ml_backend.service import Service
+from ml_backend.trainings import folder_of, new_for, request, why_not
+from model.types import Refusal
+
+_SHOWN = 20  # of those that ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Line:
+    name: str
+    new: int | None  # corrections since the last one's snapshot; None: not known here
+    why_not: str | None
+    pending: TrainingStatus | None
+    cancelled: bool
+    curve: Markup  # of the one that is pending, or ended last
+    ended: list[TrainingStatus]  # newest first
+
+    @property
+    def percent(self) -> int:
+        """Steps done of the one that is pending."""
+        return round(100 * self.pending.step / self.pending.steps) if self.pending and self.pending.steps else 0
+
+
+def add_trainings(admin: Blueprint, service: Service) -> None:
+    """Add the page to the blueprint."""
+    settings = service.settings
+
+    @admin.get("/training")
+    def training() -> Answer:
+        kept = {(line, version.id) for line in service.registry.lines() for version in service.registry.versions(line)}
+        return render_template(
+            "admin/training.html", lines=[_look(service, line) for line in known_lines(service)], kept=kept
+        )
+
+    @admin.post("/training/start")
+    def start_training() -> Answer:
+        line = line_or_404(service, given("line"))
+        with telling():
+            stands = _look(service, line)
+            if stands.why_not is not None:
+                raise Refusal(f"no training of {line} was started: {stands.why_not}")
+            status = request(settings, line, "asked for on the admin page")
+            flash(f"Training {status.id} of {line} is queued.", "done")
+        return show_at("admin.training", line)
+
+    @admin.post("/training/cancel")
+    def cancel_training() -> Answer:
+        line = line_or_404(service, given("line"))
+        with telling():
+            status = folder_of(settings, line).cancel()
+            if status is None:
+                raise Refusal(f"no training of {line} is pending any more")
+            flash(f"Training {status.id} will stop at its next step; nothing of it is served.", "done")
+        return show_at("admin.training", line)
+
+
+def _look(service: Service, line: str) -> _Line:
+    folder = folder_of(service.settings, line)
+    pending, ended, losses = folder.pending(), folder.history(), folder.losses()
+    last = folder.status()
+    try:
+        with ledger(service.settings) as store:
+            new: int | None = new_for(store, line, last)
+    except Refusal:
+        new = None
+    return _Line(
+        name=line,
+        new=new,
+        why_not=why_not(pending or last, 1 if new is None else new),
+        pending=pending,
+        cancelled=folder.cancelled,
+        curve=charts.line(
+            f"loss-{line}", "Loss by step", losses, until=float(last.steps if last is not None and last.steps else 0)
+        ),
+        ended=ended[::-1][:_SHOWN],
+    )

@@ -1,0 +1,97 @@
+"""Alive is not ready: the model, Redis, and a worker that has been heard of."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import redis
+from rq import Worker
+
+import ml_backend.families
+from ml_backend.app import create_app
+from ml_backend.readiness import why_no_corrections
+from tests.conftest import ROOT
+from tests.ml_backend.conftest import wait_until
+
+
+def ask(service, query=""):
+    answer = create_app(service).test_client().get(f"/health{query}")
+    return answer.status_code, answer.json
+
+
+@pytest.fixture
+def worker(redis_url, tmp_path):
+    """A real corrections worker on the tests' Redis."""
+    environment = {"GRACO_REDIS_URL": redis_url, "GRACO_DATA_DIR": str(tmp_path / "data"), "PATH": "/usr/bin:/bin"}
+    process = subprocess.Popen([sys.executable, "-m", "ml_backend", "worker"], cwd=ROOT, env=environment)
+    yield process
+    process.kill()
+    process.wait(10)
+
+
+def test_without_a_redis_the_model_alone_makes_ready(make_service):
+    service = make_service()
+    wait_until(lambda: service.ready)
+    status, body = ask(service, "?ready=1")
+    assert (status, body["ready"], body["reasons"]) == (200, True, [])
+    assert "ready" not in ask(service)[1]
+
+
+def test_while_the_model_loads_it_is_alive_and_not_ready(make_service, monkeypatch):
+    go, load = threading.Event(), ml_backend.families.load_segmenter
+    monkeypatch.setattr(ml_backend.families, "load_segmenter", lambda *args, **kw: go.wait(30) and load(*args, **kw))
+    service = make_service()
+    assert ask(service)[0] == 200
+    assert ask(service, "?ready=model") == ask(service, "?ready=1")
+    status, body = ask(service, "?ready=1")
+    go.set()
+    assert (status, body["reasons"]) == (503, ["the model is being loaded"])
+    wait_until(lambda: ask(service, "?ready=model")[0] == 200)
+
+
+def test_a_model_that_cannot_be_loaded_is_told_and_never_ready(make_service, tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"\0" * 64)
+    try:
+        service = make_service(adapter=broken)
+    except ValueError:  # refused before anything starts is as good
+        return
+    wait_until(lambda: service.failure)
+    assert ask(service)[0] == 200
+    status, body = ask(service, "?ready=model")
+    assert status == 503
+    assert "could not be loaded" in body["reasons"][0]
+
+
+def test_a_redis_that_is_gone_is_a_reason_and_clicks_do_not_need_it(make_service, tmp_path):
+    service = make_service(redis_url=f"unix://{tmp_path}/none.sock")
+    wait_until(lambda: service.ready)
+    status, body = ask(service, "?ready=1")
+    assert status == 503
+    assert body["reasons"][0].startswith("Redis: it does not answer")
+    assert ask(service, "?ready=model")[0] == 200
+
+
+def test_ready_follows_the_worker_through_its_life(make_service, redis_url, worker):
+    service = make_service(redis_url=redis_url)
+    wait_until(lambda: service.ready)
+    wait_until(lambda: ask(service, "?ready=1")[0] == 200)
+    assert why_no_corrections(redis_url, host="another-container") == [
+        "no corrections worker on another-container has reported lately; start one: python -m ml_backend worker"
+    ]
+    worker.send_signal(signal.SIGTERM)
+    worker.wait(20)
+    assert "no corrections worker" in ask(service, "?ready=1")[1]["reasons"][0]
+
+
+def test_a_killed_worker_is_forgotten_within_two_minutes(redis_url, worker):
+    with redis.Redis.from_url(redis_url) as connection:
+        (key,) = wait_until(lambda: Worker.all_keys(connection=connection))
+        wait_until(lambda: why_no_corrections(redis_url) == [])
+        worker.kill()
+        worker.wait(10)
+        assert 0 < connection.ttl(key) <= 120
+        connection.delete(key)  # what Redis does then
+    assert why_no_corrections(redis_url) != []
