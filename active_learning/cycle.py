@@ -34,7 +34,7 @@ from model.embeddings import EmbeddingFolder
 from model.evaluation.protocol import Models
 from model.evaluation.runner import scene_of
 from model.graco.segmenter import GracoSegmenter
-from model.segmenter import Segmenter, digest_of, read_weights
+from model.segmenter import Segmenter, digest_of_file
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def run(
         parent = _serving(place.registry, status.line)
         incumbent = place.configured if parent is None else place.registry.path(parent)
         begin = incumbent or place.bundled or _untrained(place.segmenter, folder)
-        _keep_if_same(folder, {"parent": digest_of(read_weights(begin)), "config": asdict(config), "base": base})
+        _keep_if_same(folder, {"parent": digest_of_file(begin), "config": asdict(config), "base": base})
         found = annotated(snapshot, place.images)
         trained = learn(
             config,

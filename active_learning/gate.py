@@ -237,8 +237,8 @@ def _drift(found: Paired, margins: Margins) -> list[str]:
         return []
     return [
         "With it, losses of the versions so far add up to too much on the reference set: NoC@90 "
-        f"{change.relative:+.1%} against the adapter that the line began with, where {margins.total:+.1%} is allowed; correct other things "
-        "too, or go back: python -m ml_backend adapters rollback"
+        f"{change.relative:+.1%} against the adapter that the line began with, where {margins.total:+.1%} is "
+        "allowed; correct other things too, or go back: python -m ml_backend adapters rollback"
     ]
 
 

@@ -36,7 +36,7 @@ from model.graco.segmenter import GracoSegmenter
 from model.light.adapter import LEVEL, VOCABULARY
 from model.light.ladder import LadderDecoder
 from model.light.segmenter import LightSegmenter
-from model.segmenter import digest_of, read_weights
+from model.segmenter import digest_of_file
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
@@ -95,10 +95,15 @@ class LearningConfig:
         }
 
 
-GRACO_LEARNING = LearningConfig(
-    steps_per_mask=1.0, fewest_steps=60, most_steps=150, clicks=2, learning_rate=5e-4, checkpoint_every=5
-)
-"""Its steps take the whole network on four lessons each: a hundred times what a step of `light` takes."""
+def graco_learning(device: str) -> LearningConfig:
+    """Return how `graco` learns; a step takes the whole network on four lessons, a hundred times one of `light`.
+
+    So on a CPU there are few of them: ViT-B takes 25 to 50 s for each, of the hour that a training may take.
+    """
+    config = LearningConfig(learning_rate=5e-4)
+    if _on_gpu(device):
+        return replace(config, clicks=4)
+    return replace(config, steps_per_mask=1.0, fewest_steps=40, most_steps=60, clicks=2, checkpoint_every=5)
 
 
 def learn(
@@ -145,24 +150,23 @@ def learn(
     found = read_adapter(parent, base=segmenter.digest)
     masks = sum(len(photo.kinds) for photo in photos)
     groups = [(1 - config.replay, photos), (config.replay, replay)]
-    recipe = f"{card.get('snapshot')} from {digest_of(read_weights(parent))}"
-    known = {"rank": found.card["rank"], "alpha": found.card["alpha"], "device": device, "precision": precision}
+    recipe = f"{card.get('snapshot')} from {digest_of_file(parent)}"
+    known: dict[str, Any] = {"rank": found.card["rank"], "alpha": found.card["alpha"], "device": device}
     watched: dict[str, Any] = {"recipe": recipe, "before_step": before_step, "report": report}
-    if isinstance(segmenter, GracoSegmenter):
+    course: GracoCourse | TrainingConfig
+    if exact := isinstance(segmenter, GracoSegmenter):
         assert weights is not None
-        graco = config.graco_course(masks, size=segmenter.architecture.size, **known)
-        taught = partial(_teach_graco, weights, found, groups, folder, watched)
-        learned = _as_memory_allows(graco, taught, folder)
-        steps, exact = graco.steps, True
+        size, precision = segmenter.architecture.size, precision if _computes_in_bf16(device) else "no"
+        course = config.graco_course(masks, size=size, precision=precision, **known)
+        teach_graco = partial(_teach_graco, weights, found, groups, folder, watched)
+        plain, lora = _as_memory_allows(course, teach_graco, folder)
     else:
-        light = config.training(masks, **known)
-        learned = _as_memory_allows(
-            light, partial(_teach_light, segmenter, embeddings, found, groups, folder, watched), folder
-        )
-        steps, exact = light.steps, False
-    plain, lora = learned
+        course = config.training(masks, precision=precision, **known)
+        teach_light = partial(_teach_light, segmenter, embeddings, found, groups, folder, watched)
+        plain, lora = _as_memory_allows(course, teach_light, folder)
     kept = {name: found.card[name] for name in _HANDED_ON if name in found.card}
-    write_adapter(target, card=kept | card | {"steps": steps, "masks": masks}, plain=plain, lora=lora, exact=exact)
+    card = kept | card | {"steps": course.steps, "masks": masks}
+    write_adapter(target, card=card, plain=plain, lora=lora, exact=exact)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return target
 
@@ -195,6 +199,18 @@ def _teach_graco(
     network = SteeredNetwork(load_network(weights)[0], found, course)
     fine_tune_graco(course, network, _sampler(course, groups), folder, **watched)
     return network.adapter(found)
+
+
+def _computes_in_bf16(device: str) -> bool:
+    """Return whether half precision saves time there; a CPU without it takes several times as long."""
+    if _on_gpu(device):
+        return True
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def _on_gpu(device: str) -> bool:
+    return device != "cpu" and torch.cuda.is_available()
 
 
 def _sampler(course: Course, groups: Groups) -> Sampler:

@@ -32,7 +32,7 @@ from types import EllipsisType
 from typing import Any
 
 from model.adapter import read_adapter
-from model.segmenter import digest_of, read_weights
+from model.segmenter import digest_of, digest_of_file, read_weights
 from model.types import Refusal
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ class AdapterRegistry:
                 f"{name} was trained on base {version.base[:12]}, but base {self.base[:12]} is loaded; "
                 "activate a version of this base"
             )
-        if digest_of(read_weights(path)) != version.digest:
+        if digest_of_file(path) != version.digest:
             raise Refusal(
                 f"{name} is damaged (its digest is not that of its card); activate another, or import it again"
             )
@@ -336,7 +336,7 @@ class AdapterRegistry:
                 folder.joinpath(ADAPTER).write_bytes(read_weights(source))
                 card = {"note": f"from {source.name}"}
             (folder / "pictures").mkdir(exist_ok=True)
-            digest = digest_of(read_weights(folder / ADAPTER))
+            digest = digest_of_file(folder / ADAPTER)
             for known in self._intact(line, digest):
                 return known
             kept = card | {"accepted": None, "parent": None}
@@ -533,6 +533,6 @@ def _unpack(source: Path, folder: Path) -> dict[str, Any]:
         raise
     except (zipfile.BadZipFile, zlib.error, KeyError, TypeError, ValueError, EOFError, RuntimeError) as error:
         raise Refusal(f"{broken} ({error}); export it anew") from error
-    if digest_of(read_weights(folder / ADAPTER)) != digest:
+    if digest_of_file(folder / ADAPTER) != digest:
         raise Refusal(f"{broken} (the digest of its adapter is not that of its card); export it anew")
     return card | {"note": f"imported, was {came_from}" + (f": {card['note']}" if card.get("note") else "")}

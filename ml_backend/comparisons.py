@@ -145,7 +145,7 @@ class Comparisons:
             Refusal: there is no such version.
         """
         path = self._place(line, first, second) / f"{place:d}.png"
-        return path if path.is_file() else None
+        return path if place < PHOTOS and path.is_file() else None
 
     def _place(self, line: str, first: str, second: str) -> Path:
         for version in (first, second):

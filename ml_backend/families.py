@@ -12,9 +12,8 @@ from model.segmenter import (
     BUNDLED_ADAPTER,
     Device,
     Segmenter,
-    digest_of,
+    digest_of_file,
     load_segmenter,
-    read_weights,
 )
 from model.types import Refusal
 
@@ -46,7 +45,7 @@ def base_of(settings: Settings) -> Base:
         Refusal: there are none, or several and no name, or they cannot be read.
     """
     if settings.family == LIGHT:
-        return Base(family=LIGHT, path=BUNDLED, digest=digest_of(read_weights(BUNDLED)))
+        return Base(family=LIGHT, path=BUNDLED, digest=digest_of_file(BUNDLED))
     store = _store(settings)
     name = settings.weights
     if name is None:
@@ -99,7 +98,7 @@ def configured_version(settings: Settings) -> str:
     if adapter is None:
         return base.version
     name = adapter.stem if adapter.stem != "adapter" else adapter.parent.name  # an imported one is known by its folder
-    return f"{base.version}+{name.removeprefix(f'{base.family}-')}-{digest_of(read_weights(adapter))[:8]}"
+    return f"{base.version}+{name.removeprefix(f'{base.family}-')}-{digest_of_file(adapter)[:8]}"
 
 
 def load_model(

@@ -172,7 +172,7 @@ def note_classes(intake: Intake, number: str, project: Json, *, received_s: floa
     labels = {label for tag in outputs for label in tag.labels}
     labels |= {label.value for tag in config.classes for label in tag.labels}
     updated_s = changed_s({"updated_at": project.get("updated_at")}) or received_s
-    any_may_occur = any(tag.dynamic for tag in (*outputs, *config.classes))
+    any_may_occur = any(tag.dynamic for tag in outputs) or any(tag.dynamic for tag in config.classes)
     intake.corrections.note_classes(number, None if any_may_occur else labels, updated_s=updated_s)
 
 

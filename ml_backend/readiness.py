@@ -36,9 +36,7 @@ def why_no_corrections(url: str | None, *, host: str | None = None) -> list[str]
     found = look(url)
     if found.error is not None:
         return [f"Redis: {found.error}"]
-    wanted = (
-        worker.alive and CORRECTIONS in worker.queues and host in (None, worker.host) for worker in found.workers
-    )
+    wanted = (worker.alive and CORRECTIONS in worker.queues and host in (None, worker.host) for worker in found.workers)
     if any(wanted):
         return []
     where = "" if host is None else f" on {host}"

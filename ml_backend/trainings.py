@@ -18,6 +18,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -239,10 +240,10 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
     from active_learning.cycle import Limits, Workplace, run
     from active_learning.gate import Margins
     from active_learning.images import ImageStore
+    from active_learning.learn import Trainable
     from active_learning.registry import AdapterRegistry
-    from ml_backend.families import adapter_file, load_model
+    from ml_backend.families import LIGHT, adapter_file, base_of, load_model
     from ml_backend.service import CLICKED
-    from model.light.segmenter import LightSegmenter
     from model.segmenter import BUNDLED_ADAPTER
 
     _take_in(settings, status)
@@ -250,7 +251,7 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
         _limit_memory(settings.train_memory_mb * 2**20)
     threads = settings.train_threads or max(1, (os.cpu_count() or 2) // 2)
     segmenter = load_model(settings, adapter=None, device=settings.train_device, threads=threads)
-    assert isinstance(segmenter, LightSegmenter)
+    assert isinstance(segmenter, Trainable)
     data = settings.data_dir
     replay, reference = bundled_sets()
     with closing(CorrectionStore(data / "corrections.sqlite")) as store:
@@ -262,7 +263,8 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
                 segmenter=segmenter,
                 embeddings=settings.shared / "embeddings",
                 configured=adapter_file(settings),
-                bundled=BUNDLED_ADAPTER,
+                bundled=BUNDLED_ADAPTER if settings.family == LIGHT else None,
+                weights=base_of(settings).path,
                 replay=replay,
                 reference=reference,
             ),
@@ -311,11 +313,13 @@ def _take_in(settings: Settings, status: TrainingStatus) -> None:
 
 
 def _config(settings: Settings) -> LearningConfig:
-    from active_learning.learn import LearningConfig
+    from active_learning.learn import LearningConfig, graco_learning
+    from ml_backend.families import GRACO
 
+    config = graco_learning(settings.train_device) if settings.family == GRACO else LearningConfig()
     if not settings.train_steps:
-        return LearningConfig()
-    return LearningConfig(fewest_steps=settings.train_steps, most_steps=settings.train_steps)
+        return config
+    return replace(config, fewest_steps=settings.train_steps, most_steps=settings.train_steps)
 
 
 class Patience:
@@ -366,6 +370,7 @@ class _Worker(Worker):
     def perform_job(self, job: Job, queue: Queue, execution: Execution) -> bool:
         with logs.carrying(job.id):  # of the training and its attempt
             return super().perform_job(job, queue, execution)
+
     killed_for_memory: Callable[[str, float], None]
     _ended_before: int | None = None
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from ml_backend.settings import Settings
 from model.adapter import read_adapter, write_adapter
 from model.graco import weights
-from model.graco.network import Architecture
+from model.graco.inputs import Architecture
 from model.graco.pickles import Checkpoint, read_checkpoint
 from model.graco.weights import Kind
 from model.types import Refusal

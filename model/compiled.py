@@ -6,6 +6,7 @@ neighbour folder that is then renamed: nobody reads half a model, and of two pro
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 Precision = Literal["f32", "bf16"]
+
+_MADV_PAGEOUT = 21  # of <linux/mman.h>
 
 
 def runtime_name() -> str:
@@ -65,10 +68,27 @@ class CompiledModel:
         if threads:
             config["INFERENCE_NUM_THREADS"] = str(threads)
         self._request = ov.Core().compile_model(path, "CPU", config).create_infer_request()
+        _let_go(path.with_suffix(".bin"))
 
     def __call__(self, *inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Return the first output, valid until the next call."""
         return np.asarray(self._request.infer(list(inputs), share_inputs=True)[0])
+
+
+def _let_go(file: Path) -> None:
+    """Have the system take back the pages of a mapped file: the compiled network has its own copy of the weights.
+
+    They are read anew from the file if anything asks for them.
+    """
+    try:
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        mapped = Path("/proc/self/maps").read_text().splitlines()
+    except (OSError, AttributeError):  # other systems than Linux
+        return
+    for line in mapped:
+        if line.endswith(f" {file}"):
+            first, last = (int(address, 16) for address in line.split()[0].split("-"))
+            madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
 
 
 def save_traced(network: nn.Module, example: tuple[Tensor, ...], path: Path) -> None:
@@ -104,6 +124,7 @@ def ensure_exported(folder: Path, file: str, write: Callable[..., None], *args: 
         process.join()
         if process.exitcode:
             raise RuntimeError(f"the network could not be exported into {folder} (exit status {process.exitcode})")
+        draft.chmod(0o755)  # one user may make it and another one serve from it
         os.replace(draft, folder)
     except OSError:
         if not (folder / file).is_file():  # else another process was sooner

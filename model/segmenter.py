@@ -267,15 +267,6 @@ def pick_device(device: Device) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def version_of(family: str, weights: Path) -> str:
-    """Return the version that the loaded segmenter will have, without loading it.
-
-    Raises:
-        Refusal: the file cannot be read.
-    """
-    return f"{family}-{digest_of(read_weights(weights))[:8]}"
-
-
 def read_weights(weights: Path) -> bytes:
     """Return the bytes of a weights file.
 
@@ -285,7 +276,24 @@ def read_weights(weights: Path) -> bytes:
     try:
         return weights.read_bytes()
     except OSError as error:
-        raise Refusal(f"weights {weights} cannot be read ({error}); restore the file from the repository") from error
+        raise _unreadable(weights, error) from error
+
+
+def _unreadable(weights: Path, error: OSError) -> Refusal:
+    return Refusal(f"weights {weights} cannot be read ({error}); restore the file, or import it again")
+
+
+def digest_of_file(weights: Path) -> str:
+    """Return the SHA-256 of a weights file in hex, however large it is.
+
+    Raises:
+        Refusal: it cannot be read.
+    """
+    try:
+        with weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(weights, error) from error
 
 
 def digest_of(data: bytes) -> str:

@@ -99,9 +99,11 @@ def evaluate(
             )
             for path in sets
         ]
-        for name, count in Counter(selection.name for selection in found).items():
+        for shared, count in Counter(selection.name for selection in found).items():
             if count > 1:
-                raise Refusal(f"{count} of the sets are called {name!r}; evaluate them one by one, or rename a folder")
+                raise Refusal(
+                    f"{count} of the sets are called {shared!r}; evaluate them one by one, or rename a folder"
+                )
         source = ModelSource(
             family=family,
             weights=_weights_file(family, weights),

@@ -10,16 +10,19 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model.compiled import CompiledModel, ensure_exported, has_bf16, runtime_name, save_traced
-from model.graco.network import Architecture, LowRank, SimpleClick
+from model.graco.inputs import Architecture, LowRank
 from model.graco.weights import RANK, network_state, read_base
 from model.segmenter import Speed
+
+if TYPE_CHECKING:
+    from model.graco.network import SimpleClick
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +69,7 @@ class OpenVinoRuntime:
         Raises:
             ImportError, RuntimeError, OSError: OpenVINO does not run here, or the export failed.
         """
-        _, self.architecture = read_base(weights)
+        _, self.architecture = read_base(weights, values=False)
         exported = folder / f"graco-{digest[:16]}-{size}-{runtime_name()}"
         ensure_exported(exported, _LOGITS, _export, weights, size)
         fast = speed == "fast"
@@ -114,6 +117,8 @@ def load_network(weights: Path) -> tuple[SimpleClick, Architecture]:
     Raises:
         Refusal: the file is missing, damaged, or of another network.
     """
+    from model.graco.network import SimpleClick  # brings timm, which OpenVINO can do without
+
     own, architecture = read_base(weights)
     with torch.device("meta"):
         network = SimpleClick(architecture)

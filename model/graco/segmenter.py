@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from model.adapter import AdapterFile, read_adapter
 from model.geometry import FloatMap
-from model.graco.network import LEVELS, WINDOW, Architecture, LowRank, click_disks, normalise, row_of
+from model.graco.inputs import LEVELS, WINDOW, Architecture, LowRank, click_disks, normalise, row_of
 from model.graco.runtime import Runtime, make_runtime
 from model.graco.weights import LEVEL, LEVEL_EMBEDDING, PHRASE, PHRASE_BIAS, PHRASE_WEIGHT, RANK, read_base
-from model.segmenter import Device, Encoded, Speed, digest_of, pick_device, read_weights
+from model.segmenter import Device, Encoded, Speed, digest_of_file, pick_device
 from model.types import Click, Mask, Prediction, Prompt, Proposal, Refusal, RGBImage
 
 THRESHOLD = 0.5
@@ -131,13 +131,13 @@ class GracoSegmenter:
         """Load a base as `ml_backend weights import` keeps it; arguments and errors as `load_segmenter`."""
         if threads:
             torch.set_num_threads(threads)
-        digest = digest_of(read_weights(weights))
+        digest = digest_of_file(weights)
         runtime = make_runtime(
             weights,
             digest=digest,
             device=pick_device(device),
             speed=speed,
-            size=size or read_base(weights)[1].size,
+            size=size or read_base(weights, values=False)[1].size,
             threads=threads,
             compiled=compiled,
         )
@@ -199,7 +199,7 @@ class GracoSegmenter:
         if self._text is None:
             raise Refusal(
                 f"the phrase {phrase[:40]!r} cannot be read: CLIP ViT-B/32 is not at hand. Put its weights into the "
-                "folder weights/clip of the data directory (docs/checkpoints.md), or leave the phrase empty"
+                "folder clip of the data directory (docs/checkpoints.md), or leave the phrase empty"
             )
         return replace(prompt, phrase=phrase, granularity=None)
 
@@ -296,7 +296,7 @@ def _load_adapter(path: Path, digest: str, a: Architecture) -> GracoAdapter:
         raise Refusal(f"adapter {path} does not fit the graco family ({error}); import or train it anew") from error
     if not fits:
         raise Refusal(f"adapter {path} does not fit {a.name}: its level embedding is {tuple(levels.shape)}")
-    name = f"{path.stem}-{digest_of(read_weights(path))[:8]}"
+    name = f"{path.stem}-{digest_of_file(path)[:8]}"
     return GracoAdapter(name, levels, low_rank, projection)
 
 

@@ -1,7 +1,7 @@
 """Phrases as GraCo's network takes them: CLIP ViT-B/32's text encoder, without the image half.
 
 GraCo projects `encode_text(...)` as it comes, neither normalised nor cut; so does this. The encoder is OpenAI's, whose
-activation is QuickGELU. Weights are never fetched: they lie in the folder `weights/clip` of the data directory, in any
+activation is QuickGELU. Weights are never fetched: they lie in the folder `clip` of the data directory, in any
 of the formats that OpenAI, open_clip and transformers publish, and are read as data.
 
 Sources: CLIP (arXiv 2103.00020); GraCo's code, where the published configurations and adapter name ViT-B/32 (the
@@ -33,7 +33,7 @@ _REMEMBERED = 1024  # phrases
 _PATCHES = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")  # tell B/32 from B/16
 _PATCH = 32
 _REMEDY = (
-    "put OpenAI's CLIP ViT-B/32 into the folder weights/clip of the data directory, as ViT-B-32.pt (OpenAI), "
+    "put OpenAI's CLIP ViT-B/32 into the folder clip of the data directory, as ViT-B-32.pt (OpenAI), "
     "open_clip_model.safetensors (open_clip) or model.safetensors (transformers: clip-vit-base-patch32)"
 )
 
@@ -110,7 +110,7 @@ def _load(path: Path, shape: TextShape) -> _Encoder:
         tower.load_state_dict(_read(path, tower.state_dict(), shape), assign=True)
         tower.attn_mask = tower.build_causal_mask()
     tower.eval().requires_grad_(False)
-    return lambda phrases: tower(tokenizer(phrases))  # type: ignore[no-any-return]
+    return lambda phrases: tower(tokenizer(phrases))
 
 
 def _read(path: Path, expected: dict[str, Any], shape: TextShape) -> dict[str, Tensor]:

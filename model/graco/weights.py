@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.adapter import AdapterFile
-from model.graco.network import LEVELS, RADIUS, Architecture, SimpleClick
+from model.graco.inputs import LEVELS, RADIUS, Architecture
 from model.types import Refusal
 
 LEVEL, PHRASE = "level", "phrase"
@@ -169,8 +169,7 @@ def network_state(own: dict[str, Tensor], architecture: Architecture) -> dict[st
     What the published ViT has beside is left out; a doubling that the head does not do and early checkpoints do not
     have is filled with zeros.
     """
-    with torch.device("meta"):
-        shapes = SimpleClick(architecture).state_dict()
+    shapes = _network_shapes(architecture)
     spare = {k: torch.zeros(v.shape) for k, v in shapes.items() if _is_spare(k, architecture) and k not in own}
     return {name: value.float() for name, value in own.items() if not name.startswith(_UNUSED)} | spare
 
@@ -182,8 +181,12 @@ def write_base(path: Path, own: dict[str, Tensor], architecture: Architecture) -
     path.chmod(0o644)  # safetensors writes for its owner alone
 
 
-def read_base(path: Path) -> tuple[dict[str, Tensor], Architecture]:
+def read_base(path: Path, *, values: bool = True) -> tuple[dict[str, Tensor], Architecture]:
     """Return the tensors of a base's weights file, under our names and in its precision, and their architecture.
+
+    Args:
+        path: the file.
+        values: read the tensors, too; else there are none.
 
     Raises:
         Refusal: it is missing, damaged, or not of this family.
@@ -194,7 +197,8 @@ def read_base(path: Path) -> tuple[dict[str, Tensor], Architecture]:
             if "card" in metadata:
                 raise Refusal(f"{path} is an adapter, not a base; name the base it is for")
             told = json.loads(metadata["architecture"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            names = file.keys() if values else ()
+            tensors = {name: file.get_tensor(name) for name in names}
         return tensors, Architecture(**told | {"neck": tuple(told["neck"])})
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, Refusal):
@@ -337,9 +341,15 @@ def _is_spare(name: str, architecture: Architecture) -> bool:
 
 
 def _published_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in published(_network_shapes(architecture)).items()}
+
+
+def _network_shapes(architecture: Architecture) -> dict[str, Tensor]:
+    """Return the network's tensors without values."""
+    from model.graco.network import SimpleClick  # brings timm, which serving can do without
+
     with torch.device("meta"):
-        own = SimpleClick(architecture).state_dict()
-    return {name: tuple(value.shape) for name, value in published(own).items()}
+        return SimpleClick(architecture).state_dict()
 
 
 def _adapter_shapes(a: Architecture, rank: int, *, phrase: bool, text: int) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from model.adapter import AdapterFile, read_adapter
 from model.light.ladder import Ladder, LadderDecoder
 from model.light.network import MaskDecoder
-from model.segmenter import digest_of, read_weights
+from model.segmenter import digest_of_file
 from model.text import Vocabulary, clean, load_phrase_encoder, names_part
 from model.types import Granularity, Prompt, Refusal
 
@@ -95,7 +95,7 @@ def load_ladder(path: Path, base: MaskDecoder, digest: str, device: torch.device
         for name, part in level.named_children():
             if name != "transformer":
                 setattr(phrase, name, part)  # the same tensors: held once
-    return LadderAdapter(f"{path.stem}-{digest_of(read_weights(path))[:8]}", level, phrase, vocabulary)
+    return LadderAdapter(f"{path.stem}-{digest_of_file(path)[:8]}", level, phrase, vocabulary)
 
 
 def _decoder(found: AdapterFile, base: MaskDecoder, width: int, branches: list[str]) -> LadderDecoder:

@@ -15,7 +15,8 @@ from active_learning.bundle import bundled_sets
 from active_learning.dataset import Sampler, photos_of
 from active_learning.train_graco import GracoCourse, SteeredNetwork, fine_tune, untrained
 from active_learning.training_run import Progress
-from model.graco.network import Architecture, SimpleClick
+from model.graco.inputs import Architecture
+from model.graco.network import SimpleClick
 
 _SIZES = {
     "vit_b": Architecture(
@@ -27,7 +28,7 @@ _SIZES = {
         **{"neck": (192, 384, 768, 1536), "head": 256},
     ),
 }
-_STEPS = 3
+_STEPS = 2
 
 
 def main(size: str, precision: str) -> None:

@@ -120,11 +120,9 @@ def test_one_image_answers_a_click_and_is_ready_once_its_worker_reports(enter, i
     status, reasons = said(run("health", "--ready"))
     assert status == 1
     assert "no corrections worker has reported" in reasons
-    assert said(run("health", "--worker"))[0] == 1
 
     worker, trainer = run("worker"), run("trainer")
     wait_until(lambda: health("?ready=1").status_code == 200, limit_s=60)
-    assert said(run("health", "--ready"))[0] == 0
     assert said(run("health", "--worker"))[0] == 0
     assert trainer.poll() is None
     worker.send_signal(signal.SIGTERM)

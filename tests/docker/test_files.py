@@ -1,6 +1,5 @@
-"""Dockerfile, compose file, Kubernetes example and scripts: linted, checked against their schemas and against our code."""
+"""Dockerfile, compose file, Kubernetes example, scripts: linted, checked against their schemas and our code."""
 
-import json
 import re
 import shutil
 import stat
@@ -42,7 +41,9 @@ def tool(name, *args):
 
 def variables():
     """Names that Settings reads."""
-    return {name.upper() if name.startswith("label_studio") else f"GRACO_{name.upper()}" for name in Settings.model_fields}
+    return {
+        name.upper() if name.startswith("label_studio") else f"GRACO_{name.upper()}" for name in Settings.model_fields
+    }
 
 
 def assert_commands(words):
@@ -221,5 +222,4 @@ def test_the_guide_names_every_file_and_what_was_not_run():
         assert path.name in text or path.parent.name in text, path
     for name in re.findall(r"`((?:GRACO|LABEL_STUDIO)_[A-Z_]+)", text):
         assert name in variables() or name in (DOCKER / "compose.yml").read_text(), name
-    assert "not run" in text
-    assert json.loads(json.dumps(COMPOSE))  # plain values alone
+    assert "Not run:" in text

@@ -1,12 +1,12 @@
-"""Carry out docker/Dockerfile where there is no Docker engine: each stage a Debian tree of debootstrap's, each RUN in it.
+"""Carry out docker/Dockerfile without a Docker engine: each stage is a tree of debootstrap's, each RUN runs in it.
 
     python -m tests.docker.without_engine build FOLDER [--build-arg NAME=VALUE] [--put FILE:PATH] [--env NAME=VALUE]
     python -m tests.docker.without_engine measure FOLDER
 
-Needs root, debootstrap and the package indexes. `build` leaves the image's files in FOLDER/image and its configuration in
-FOLDER/image.json. `measure` reports their size, starts the web process in them as the image's user on a read-only root,
-and reports the time to its first answer. `--put` and `--env` stand in for what a place without PyTorch's own
-wheels lacks; docs/docker.md says what was used.
+Needs root, debootstrap and the package indexes. `build` leaves the image's files in FOLDER/image and its configuration
+in FOLDER/image.json. `measure` reports their size, starts the web process in them as the image's user on a
+read-only root, and reports the time to its first answer. `--put` and `--env` stand in for what a place
+without PyTorch's own wheels lacks; docs/docker.md says what was used.
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ def build(folder: Path, given: dict[str, str], put: list[tuple[Path, str]], extr
         else:
             stage.config[name.lower()] = words
         print(f"{number:3d} {time.monotonic() - start:6.1f} s {name} {instruction.text[:90]}", flush=True)
-    for place in (stage.tree / "tmp").iterdir():  # what was put there for the build; in an engine's build it stays outside
+    for place in (
+        stage.tree / "tmp"
+    ).iterdir():  # what was put there for the build; in an engine's build it stays outside
         subprocess.run(["rm", "-rf", str(place)], check=True)
     (folder / "image.json").write_text(
         json.dumps({"env": stage.env, "folder": stage.folder, "user": stage.user} | stage.config, indent=1)
@@ -177,8 +179,9 @@ def start(folder: Path, data: Path, command: list[str], env: dict[str, str]) -> 
     uid, gid = config["user"].split(":")
     os.chown(data, int(uid), int(gid))
     script = (
-        f"mount --bind {tree} {tree} && mount -t proc proc {tree}/proc && mount --rbind /sys {tree}/sys && mount -t tmpfs tmpfs {tree}/tmp && chmod 1777 "
-        f"{tree}/tmp && mount --bind {data} {tree}/data && mount -o remount,bind,ro {tree} && cd {tree} && exec "
+        f"mount --bind {tree} {tree} && mount -t proc proc {tree}/proc && mount --rbind /sys {tree}/sys && "
+        f"mount -t tmpfs tmpfs {tree}/tmp && chmod 1777 {tree}/tmp && mount --bind {data} {tree}/data && "
+        f"mount -o remount,bind,ro {tree} && cd {tree} && exec "
     )
     wanted = [*config["entrypoint"], *command]
     inside = ["chroot", "--userspec", f"{uid}:{gid}", str(tree), "/usr/bin/env", "-i", *variables]
@@ -219,7 +222,12 @@ def measure(folder: Path, port: int = 19790, rounds: int = 3) -> dict[str, Any]:
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as data:
             began = time.monotonic()
-            process = start(folder, Path(data), ["web"], {"GRACO_PORT": str(port), "GRACO_HOST": "127.0.0.1", "GRACO_PASSWORD": PASSWORD})
+            process = start(
+                folder,
+                Path(data),
+                ["web"],
+                {"GRACO_PORT": str(port), "GRACO_HOST": "127.0.0.1", "GRACO_PASSWORD": PASSWORD},
+            )
             try:
                 while True:
                     try:
@@ -232,7 +240,9 @@ def measure(folder: Path, port: int = 19790, rounds: int = 3) -> dict[str, Any]:
                 listening = time.monotonic() - began
                 regions = first_click(f"http://127.0.0.1:{port}")
                 found["cold_start_s"].append(round(time.monotonic() - began, 2))
-                print(f"listening after {listening:.2f} s, {regions} region answered after {found['cold_start_s'][-1]} s")
+                print(
+                    f"listening after {listening:.2f} s, {regions} region answered after {found['cold_start_s'][-1]} s"
+                )
             finally:
                 process.send_signal(signal.SIGTERM)
                 process.wait(30)

@@ -138,13 +138,11 @@ def test_a_training_on_a_full_disk_says_so_and_goes_on_where_it_was_once_there_i
     corrected(settings)
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = (
-        'mount -t tmpfs -o size=320m tmpfs "$1" || exit 77; cp -a "$2/." "$1"; exec "$3" -m ml_backend trainer'
-    )
+    mount = 'mount -t tmpfs -o size=320m tmpfs "$1" || exit 77; cp -a "$2/." "$1"; exec "$3" -m ml_backend trainer'
     request(settings, "project-3", "the button")
     with (tmp_path / "log").open("wb") as log:
         command = ["unshare", "--mount", "sh", "-c", mount, "sh", str(disk), str(settings.data_dir), sys.executable]
-        there = environment(settings) | {"GRACO_TRAIN_STEPS": "150", "GRACO_DATA_DIR": str(disk)}
+        there = environment(settings) | {"GRACO_TRAIN_STEPS": "90", "GRACO_DATA_DIR": str(disk)}
         process = subprocess.Popen(command, cwd=ROOT, env=there, start_new_session=True, stderr=log)
     seen = settings.model_copy(update={"data_dir": Path(f"/proc/{process.pid}/root{disk}")})
     trainings = folder_of(seen, "project-3")
@@ -171,7 +169,7 @@ def test_a_training_on_a_full_disk_says_so_and_goes_on_where_it_was_once_there_i
         assert trainings.status().said == f"waits until 128 MB are free on the disk of {disk}: make room there"
         assert trainings.status().state == "queued"
         ballast.unlink()
-        assert wait_until(lambda: (ended := trainings.history()) and ended[0], limit_s=240).state == "published"
+        assert wait_until(lambda: (ended := trainings.history()) and ended[0], limit_s=500).state == "published"
         (ended,) = trainings.history()
         registry = AdapterRegistry(seen.data_dir / "adapters", base=segmenter.digest)
         assert [version.id for version in registry.versions("project-3")] == [ended.version]

@@ -28,7 +28,7 @@ from ml_backend.weights_store import WeightsStore
 from model.adapter import read_adapter, write_adapter
 from model.graco import weights
 from model.graco.pickles import read_checkpoint
-from model.segmenter import digest_of, read_weights
+from model.segmenter import digest_of, digest_of_file
 from tests.conftest import ROOT
 from tests.model.graco.synthetic import TINY, made_adapter, made_base, published_adapter, synthetic_base
 
@@ -89,7 +89,7 @@ def test_base_and_adapter_are_kept_shown_verified_written_back_and_removed(data,
     assert run("import", adapter).stdout.startswith("graco-tiny-lora: adapter for vit_32x4")
     kept = data / "weights" / "sbd-vit-tiny" / "weights.safetensors"
     card = json.loads(run("show", "sbd-vit-tiny").stdout)
-    assert card["digest"] == digest_of(read_weights(kept)), "as a base is known everywhere"
+    assert card["digest"] == digest_of_file(kept), "as a base is known everywhere"
     assert card["origin"] == base.name
     assert card["origin_sha256"] == hashlib.sha256(base.read_bytes()).hexdigest()
     assert (card["kind"], card["input_size"], card["tensors"]) == ("base", 224, len(made_base(TINY)))
@@ -318,7 +318,7 @@ def test_an_import_that_is_killed_at_any_moment_leaves_nothing_behind(tmp_path):
     assert killed, "at least one import must have been caught at work"
     last = store.import_(source, now=NOW, name="last")
     assert sorted(os.listdir(folder)) == [".lock", "last"]
-    assert last.digest == digest_of(read_weights(store.path("last")))
+    assert last.digest == digest_of_file(store.path("last"))
 
 
 def test_what_a_killed_import_left_is_not_shown_and_the_next_import_clears_it(data, base):

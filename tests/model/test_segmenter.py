@@ -9,7 +9,7 @@ import pytest
 from model.adapter import read_adapter, write_adapter
 from model.light.segmenter import LightSegmenter
 from model.metrics import iou
-from model.segmenter import Encoded, predict, version_of
+from model.segmenter import Encoded, digest_of_file, predict
 from model.types import Box, Click, Granularity, Prompt, Refusal
 from tests.conftest import ROOT, WEIGHTS
 
@@ -153,7 +153,7 @@ def test_threads_asking_at_once_get_the_answers_they_get_alone(segmenter, scene)
 
 
 def test_the_version_is_known_before_the_model_is_loaded(segmenter):
-    assert version_of("light", WEIGHTS) == segmenter.version
+    assert segmenter.version == f"light-{digest_of_file(WEIGHTS)[:8]}"
 
 
 # --- with an adapter ---

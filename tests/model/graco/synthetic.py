@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.graco.network import Architecture, SimpleClick
+from model.graco.inputs import Architecture
+from model.graco.network import SimpleClick
 from model.graco.weights import published
 from tests.conftest import ROOT, missing
 

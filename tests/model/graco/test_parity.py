@@ -9,7 +9,7 @@ import torch
 
 from model.adapter import write_adapter
 from model.graco import weights
-from model.graco.network import LEVELS, click_disks, normalise, row_of
+from model.graco.inputs import LEVELS, click_disks, normalise, row_of
 from model.graco.runtime import load_network
 from model.graco.segmenter import GracoSegmenter
 from model.segmenter import digest_of

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from model.adapter import attach, load_lora, lora_state, read_adapter, write_adapter
 from model.graco import weights
-from model.graco.network import Architecture, SimpleClick
+from model.graco.inputs import Architecture
+from model.graco.network import SimpleClick
 from model.graco.pickles import read_checkpoint
 from model.graco.weights import ALPHA, LEVEL, PHRASE, RANK
 from model.types import Refusal

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from model.adapter import write_adapter
-from model.graco.network import LEVELS, Architecture, SimpleClick
+from model.graco.inputs import LEVELS, Architecture
+from model.graco.network import SimpleClick
 from model.graco.weights import ALPHA, LEVEL, LEVEL_EMBEDDING, PHRASE, PHRASE_BIAS, PHRASE_WEIGHT, RANK, write_base
 from model.segmenter import digest_of
 
@@ -24,6 +25,7 @@ def write_tiny_base(path: Path) -> Path:
         network = SimpleClick(TINY)
     state = network.state_dict()
     state["backbone.pos_embed"] = 0.1 * torch.randn(state["backbone.pos_embed"].shape, generator=_draw(1))
+    state["head.conv_seg.weight"] = 10 * state["head.conv_seg.weight"]  # as trained ones are: what is seen decides
     write_base(path, state, TINY)
     return path
 

@@ -1,0 +1,1 @@
+"""Load and fault runs that take minutes: make soak."""
