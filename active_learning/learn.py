@@ -98,7 +98,7 @@ class LearningConfig:
 def graco_learning(device: str) -> LearningConfig:
     """Return how `graco` learns; a step takes the whole network on four lessons, a hundred times one of `light`.
 
-    So on a CPU there are few of them: ViT-B takes 25 to 50 s for each, of the hour that a training may take.
+    So on a CPU there are few of them: ViT-B takes 10 to 40 s for each, of the hour that a training may take.
     """
     config = LearningConfig(learning_rate=5e-4)
     if _on_gpu(device):

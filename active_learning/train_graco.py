@@ -4,7 +4,7 @@ The base stays as it is, and so does the phrase branch. A step takes a few lesso
 network's input as its predictor squeezes what it looks at, with a click in one of its masks; in most passes the answer
 is corrected by up to three further clicks on the network's own errors, and the answer to the last of them counts.
 Lessons run in small passes whose gradients make the step, and blocks keep no activations but make them anew, so that
-ViT-B trains in 2 GB (docs/benchmarks.md).
+ViT-B trains in 2.5 GB (python -m tests.bench.graco_training).
 
 Sources: GraCo (arXiv 2405.00587) and its published training: LoRA on Q and V, Adam at 5e-4, the normalised focal loss
 alone, three further clicks; SimpleClick (arXiv 2210.11006) and RITM (arXiv 2102.06583) for iterative clicks.

@@ -233,7 +233,7 @@ class Service:
             self._cache = EmbeddingCache(
                 settings.shared / "embeddings" / segmenter.encoding,
                 memory_bytes=settings.embedding_memory_mb * 2**20,
-                disk_bytes=settings.embedding_disk_mb * 2**20,
+                disk_bytes=settings.embedding_disk_mb * 2**20 if segmenter.costly_to_encode else 0,
             )
             self._segmenter = segmenter
             log.info(

@@ -29,8 +29,8 @@ class EmbeddingFolder:
     folder: Path | None
 
     def path(self, segmenter: Segmenter, image_id: str) -> Path | None:
-        """Return where a photo's embedding is or will be."""
-        if self.folder is None:
+        """Return where a photo's embedding is or will be; None: it is not kept."""
+        if self.folder is None or not segmenter.costly_to_encode:
             return None
         return self.folder / segmenter.encoding / image_id[:2] / f"{image_id}.safetensors"
 

@@ -91,6 +91,7 @@ class GracoSegmenter:
     """SimpleClick's ViT and GraCo's adapter; see `model.segmenter.Segmenter` for what the methods mean."""
 
     first_step_serves_all_levels = False
+    costly_to_encode = False
 
     def __init__(
         self,

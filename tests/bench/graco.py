@@ -153,7 +153,7 @@ def main() -> None:
         for way in ways:
             figures = np.array(seconds[way])
             print(
-                f"{way}: {np.median(figures):.3f} s, {np.median(figures) / reference:.2f} x; IoU to the published way's "
+                f"{way}: {np.median(figures):.3f} s, {np.median(figures) / reference:.2f} x; IoU to the published "
                 f"mask: mean {np.mean(agreement[way]):.4f}, median {np.median(agreement[way]):.4f}, "
                 f"least {min(agreement[way]):.4f} (of a mask of {least[way]:.2%} of the photo)"
             )

@@ -9,6 +9,8 @@ from model.segmenter import Encoded
 class Encoder:
     """Encodes to a number that says how often it was asked."""
 
+    costly_to_encode = True
+
     def __init__(self, encoding: str = "counted") -> None:
         self.encoding, self.times = encoding, 0
 
@@ -43,3 +45,10 @@ def test_a_damaged_file_is_made_anew(tmp_path, caplog):
 def test_without_a_folder_nothing_is_kept():
     encoder = Encoder()
     assert [value_of(EmbeddingFolder(None), encoder) for _ in range(2)] == [1, 2]
+
+
+def test_what_is_sooner_made_than_read_is_not_kept(tmp_path):
+    encoder = Encoder()
+    encoder.costly_to_encode = False
+    assert [value_of(EmbeddingFolder(tmp_path), encoder) for _ in range(2)] == [1, 2]
+    assert not [*tmp_path.iterdir()]

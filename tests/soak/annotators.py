@@ -45,6 +45,7 @@ from tests.soak.recorder import Recorder, percentiles
 Json = dict[str, Any]
 REACH_P95_S, REACH_GROWTH = 0.6, 5.0
 _LITTLE_MB = 4.0  # a process that grew by less is not blamed: 5 % of a small one is one page of a database
+_PASSING = ("training", "a job of the worker", "other")  # processes that come and go
 _LEVELS = tuple(level / 10 for level in range(1, 11))
 _FIRST_SUBMITTED = 12  # before a training can begin
 _HEALTH_EVERY_S, _SCRAPE_EVERY_S = 2.0, 5.0
@@ -205,7 +206,7 @@ def _report(
             what=f"errors of {sum(one['count'] for one in recorded['milliseconds'].values())} requests by "
             f"{options.annotators} annotators in {lasted_s / 60:.1f} minutes",
             reach="0",
-            measured=f"{recorded['errors']}; {len(log)} in the log; of {lost['submitted']} annotations {lost['lost']} lost",
+            measured=f"{recorded['errors']}; in the log {len(log)}; lost {lost['lost']} of {lost['submitted']} annotations",
             reached=errors == 0,
         ),
         Row(
@@ -266,7 +267,8 @@ def _memory(processes: list[Process], lasted_s: float) -> Json:
     found: Json = {}
     for role, several in sorted(by_role.items()):
         last = several[-1]
-        grown = growth(last.times_s, last.rss_mb, lasted_s) if len(several) == 1 else None
+        lasting = len(several) == 1 and role not in _PASSING
+        grown = growth(last.times_s, last.rss_mb, lasted_s) if lasting else None
         found[role] = {
             "processes": len(several),
             "rss_mb": round(last.rss_mb[-1], 1),

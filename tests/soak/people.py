@@ -144,17 +144,16 @@ class Annotator:
         level = {"level": f"{rng.integers(1, 11) / 10:.1f}", "all": "all"}.get(how)
         phrase = str(rng.choice(_PHRASES)) if how == "phrase" else None
         answer, clicks, found = np.zeros_like(truth), [], []
+        drawn = self._box(picture, truth) if how == "box" else []
         for turn in range(_PATIENCE):
-            spot = next_click(truth, answer, clicks)
-            if spot is None:
-                break
-            clicks.append(spot)
-            drawn = how == "box" and turn == 0
-            regions = self._box(picture, truth) if drawn else self._regions(picture, clicks, turn, level, phrase)
+            if turn or not drawn:
+                spot = next_click(truth, answer, clicks)
+                if spot is None:
+                    break
+                clicks.append(spot)
+            regions = drawn + self._regions(picture, clicks, turn, level, phrase)
             kind = first if turn == 0 else WARM
-            result = self._ask(kind, self._request(picture, number, regions, accepted), turn=turn)
-            if drawn:
-                clicks.clear()
+            result = self._ask(kind, self._request(picture, number, regions, accepted))
             if result is None:
                 break
             if result:
@@ -169,7 +168,7 @@ class Annotator:
             return [mended, *(item for item in found if item["type"] == "labels")]
         return found
 
-    def _ask(self, kind: str, body: Json, *, empty: bool = False, turn: int = 0) -> list[Json] | None:
+    def _ask(self, kind: str, body: Json, *, empty: bool = False) -> list[Json] | None:
         """Return the results of an answer; None: there was an error. An empty one is no error if it has to be so."""
         answer = self._caller.send(kind, "/predict", body)
         if answer is None:

@@ -90,7 +90,7 @@ def _written(image: Image.Image, truths: tuple[Mask, ...], width: int, form: str
 
 
 def _scenes() -> Iterator[tuple[Image.Image, tuple[Mask, ...]]]:
-    """Yield photos with one to four objects or parts each, without end; drawn ones where the shared folder is missing."""
+    """Yield photos with one to four objects each, without end; drawn ones where the shared folder is missing."""
     found = []
     for name in ("car-parts", "coco-mval"):
         if (SHARED / name / "annotations.json").is_file():
