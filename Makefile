@@ -23,7 +23,7 @@ check: $(VENV)/test.stamp  ## format, lint, types, all tests
 	$(PY) -m mypy
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-soak: $(VENV)/test.stamp  ## load, fault and fuzz runs of ten minutes and more (PYTEST_ARGS is passed on)
+soak: $(VENV)/test.stamp  ## annotators beside a training, saturation, faults, fuzz: about 50 minutes, then a summary (PYTEST_ARGS is passed on)
 	$(PY) -m pytest -m soak $(PYTEST_ARGS)
 
 fix: $(VENV)/test.stamp  ## format and mend what a tool can mend

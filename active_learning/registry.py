@@ -309,7 +309,8 @@ class AdapterRegistry:
         try:
             with zipfile.ZipFile(draft, "w") as archive:
                 for path in sorted(folder.iterdir()):
-                    archive.write(path, path.name)
+                    if path.name == ADAPTER or not path.is_symlink():  # a link could lead to any file of this machine
+                        archive.write(path, path.name)
             _sync(draft)
             draft.replace(target)
         finally:

@@ -64,7 +64,7 @@ def add_versions(admin: Blueprint, service: Service) -> None:
         if picture not in _PICTURES:
             abort(404, "There is no such picture.")
         path = registry.path(version_or_404(line, version)).with_name(picture)
-        return _picture(path if path.is_file() else None)
+        return _picture(path if path.is_file() and not path.is_symlink() else None)  # a link could lead anywhere
 
     @admin.post("/versions/<line>/activate")
     def activate(line: str) -> Answer:

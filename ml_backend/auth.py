@@ -12,12 +12,14 @@ import hmac
 import logging
 import re
 import secrets
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
 import msgspec
 from flask import Blueprint, Flask, Response, current_app, make_response, redirect, render_template, request, session
 from flask.sessions import SecureCookieSessionInterface
+from werkzeug.datastructures import Authorization
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from ml_backend.credentials import CONNECT, SECRET_HEADER, Secrets, open_secrets
@@ -108,6 +110,14 @@ def _address() -> str:
     return request.remote_addr or "local"
 
 
+def _basic() -> Authorization | None:
+    try:
+        given = request.authorization
+    except ValueError:  # what werkzeug raises of letters that are not ASCII
+        return None
+    return given if given is not None and given.type == "basic" else None
+
+
 class _Guard:
     def __init__(self, settings: Settings, known: Secrets) -> None:
         self._on = settings.auth == "on"
@@ -148,27 +158,30 @@ class _Guard:
         session.clear()
         session.permanent = True
         session["admin"] = self._mark
+        session["since"] = time.time()
         return None
 
     def _refuse_admins(self) -> Response | None:
-        if _same(session.get("admin"), self._mark):
+        lasts = (
+            time.time() - session.get("since", 0.0) < _SESSION.total_seconds()
+        )  # a cookie is renewed with each answer
+        if lasts and _same(session.get("admin"), self._mark):
             return None
-        basic = request.authorization
-        if basic is not None and basic.type == "basic":
+        basic = _basic()
+        if basic is not None:
             return self._judge(
                 ADMIN,
                 right=_same(basic.username, ADMIN) & _same(basic.password, self._secrets.admin_password),
                 refuse=lambda: _challenge("this needs the admin's password, with the user admin", "GraCo admin"),
             )
-        if "HX-Request" in request.headers or "text/html" in request.headers.get("Accept", ""):
+        if "text/html" in request.headers.get("Accept", ""):
             answer = _form(401, "")
             answer.headers["WWW-Authenticate"] = 'Form realm="GraCo admin"'  # Basic would bring the browser's own form
-            answer.headers["HX-Redirect"] = f"{request.script_root}/admin/login"
             return answer
         return _challenge("this needs the admin's password: log in at /admin/login, or basic auth", "GraCo admin")
 
     def _refuse_others(self) -> Response | None:
-        known, basic, secret = self._secrets, request.authorization, request.headers.get(SECRET_HEADER)
+        known, basic, secret = self._secrets, _basic(), request.headers.get(SECRET_HEADER)
         webhook = request.path == "/webhook"
         sentence = (
             "this webhook brings neither our secret nor Label Studio's user and password, so it is not listened to; "
@@ -179,7 +192,7 @@ class _Guard:
         if webhook and secret is not None:
             right = _same(secret, known.webhook_secret)
             return self._judge("webhook", right=right, refuse=lambda: _challenge(sentence))
-        if basic is None or basic.type != "basic":
+        if basic is None:
             return _challenge(sentence)
         if not webhook and basic.username == ADMIN:
             right = _same(basic.password, known.admin_password)

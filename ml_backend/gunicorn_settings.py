@@ -1,8 +1,15 @@
-"""Read by gunicorn (`supervisor.web_command`): its lines look like ours; a dead process is left out of sums."""
+"""Read by gunicorn (`supervisor.web_command`): its lines look like ours; a dead process is left out of sums.
+
+Whoever stops in the middle of a request, or of taking its answer, would hold one of the threads for good, /health with
+the last of them; and no header names our routes: those of proxies are read by GRACO_PROXIES alone (`auth.install`).
+"""
 
 from __future__ import annotations
 
 import logging
+import socket
+import struct
+import sys
 from typing import Any
 
 from gunicorn.glogging import Logger
@@ -11,6 +18,11 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from ml_backend import logs
 from ml_backend.settings import Settings
+
+_STALLED_S = 10  # without a byte, in the middle of a request or an answer
+
+forwarded_allow_ips = ""
+forwarder_headers = ""
 
 
 class logger_class(Logger):  # type: ignore[misc]
@@ -25,6 +37,20 @@ class logger_class(Logger):  # type: ignore[misc]
         self.error_log.handlers.clear()
         self.error_log.propagate = True
         self.error_log.setLevel(max(logging.WARNING, logging.getLogger().level))
+
+    def exception(self, msg: str, *args: Any, **kwargs: Any) -> None:
+        """Log an error of ours with its traceback, a client that fell silent without."""
+        if isinstance(sys.exc_info()[1], BlockingIOError):
+            self.warning("a client fell silent for %d s in the middle of a request; it is cut off", _STALLED_S)
+        else:
+            super().exception(msg, *args, **kwargs)
+
+
+def when_ready(server: Any) -> None:
+    """Limit how long a connection may say nothing while a thread waits for it."""
+    for listener in server.LISTENERS:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # connections take them over from what accepts them
+            listener.sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", _STALLED_S, 0))
 
 
 def child_exit(server: Any, worker: Any) -> None:

@@ -27,7 +27,7 @@ _ABOUT = {
     "/openapi.json": "This description",
 }
 _QUERY: dict[str, Document] = {
-    "/health": {"ready": {"type": "string", "enum": ["1"]}},
+    "/health": {"ready": {"type": "string", "enum": ["1", "model"]}},
     "/versions": {"project": {"type": "string"}},
 }
 _TEXT = {"/metrics": "text/plain"}

@@ -15,7 +15,7 @@ from ml_backend.trainings import TRAINING
 
 _MOST_WORKERS = 100
 FRESH_S = 480.0
-"""A worker that said nothing for so long is dead: idle ones report every seven minutes at least."""
+"""A worker that said nothing for so long is dead; Redis forgets those that were killed earlier (jobs.run_worker)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

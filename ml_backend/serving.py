@@ -194,6 +194,8 @@ class ActiveVersions:
             line.loading = None
             if now == wanted:
                 log.info("line %s is served by %s (before: %s)", name, wanted, line.version or "none of its own")
+                for older in [key for key in self._loaded if key[0] == name and key[1] not in (wanted, line.version)]:
+                    del self._loaded[older]  # the one before stays, to go back to
                 line.version = wanted
                 line.failed = line.why = None
         self._look(name)

@@ -153,13 +153,11 @@ ANY_LEVEL = Granularity(10)
 def _all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo, proposals: int) -> Prediction:
     """Return the masks of all levels that differ, small to large, where each level takes a pass of its own."""
     prompts = [replace(prompt, granularity=Granularity(level)) for level in range(1, 11)]
-    missing = [p for p in prompts if memo.get(p) is None]
-    states: dict[Prompt, State] = dict(
-        zip(missing, segmenter.steps(encoded, missing, [None] * len(missing)), strict=True)
-    )
-    for p, state in states.items():
-        memo[p] = state
-    answers = [segmenter.render(encoded, p, states.get(p) or memo.get(p)) for p in prompts]
+    states: dict[Prompt, State] = {p: memo.get(p) for p in prompts}  # asked once: it may forget them meanwhile
+    missing = [p for p, state in states.items() if state is None]
+    for p, state in zip(missing, segmenter.steps(encoded, missing, [None] * len(missing)), strict=True):
+        states[p] = memo[p] = state
+    answers = [segmenter.render(encoded, p, state) for p, state in states.items()]
     ranked = sorted((answer.best for answer in answers), key=lambda proposal: -proposal.score)
     stride = -(-max(encoded.height, encoded.width) // _COMPARED)
     found = differing((proposal, proposal.mask[::stride, ::stride]) for proposal in ranked)[:proposals] or ranked[:1]

@@ -219,8 +219,10 @@ class GracoSegmenter:
 
         The prompts are of one branch: all levels, all phrases, or neither.
         """
+        if not prompts:
+            return []
         branch = {PHRASE if p.phrase is not None else LEVEL if p.granularity is not None else None for p in prompts}
-        if len(branch) != 1:
+        if len(branch) > 1:
             raise ValueError("prompts with a level, with a phrase and with neither take a pass each")
         low_rank = self._low_rank(branch.pop())
         found: list[GracoState] = []
@@ -243,8 +245,7 @@ class GracoSegmenter:
         previous = None if state is None else _paste(state, encoded)
         focus = _next_focus(previous, clicks, encoded, None if state is None else state.focus)
         rows, columns = slice(focus.top, focus.bottom + 1), slice(focus.left, focus.right + 1)
-        crop = encoded.tensors["pixels"][rows, columns].permute(2, 0, 1).float() / 255
-        image = normalise(_resize(crop, (self._size, self._size)))
+        image = normalise(_sampled(encoded.tensors["pixels"][rows, columns], self._size))
         inside = torch.zeros(1, *focus.shape) if previous is None else torch.from_numpy(previous[rows, columns])[None]
         height, width = focus.shape
         moved = [
@@ -330,6 +331,26 @@ def _pixels_of(clicks: Sequence[Click], encoded: Encoded) -> list[tuple[int, int
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Return maps C, H, W at another size, bilinear, corners on corners."""
     return F.interpolate(maps[None], size, mode="bilinear", align_corners=True)[0]
+
+
+def _sampled(pixels: Tensor, size: int) -> Tensor:
+    """Return pixels H, W, 3 of 0 .. 255 as `_resize` gives them, 3, size, size in [0, 1], reading only those it needs.
+
+    All of a large photo in float32 would take more memory than the network.
+    """
+    (top, bottom, down), (left, right, across) = (_neighbours(length, size) for length in pixels.shape[:2])
+    upper, lower = (
+        torch.lerp(*(row[:, column].permute(2, 0, 1).float() / 255 for column in (left, right)), across)
+        for row in (pixels[top], pixels[bottom])
+    )
+    return torch.lerp(upper, lower, down[:, None])
+
+
+def _neighbours(length: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pixels before and after each of `size` places along `length` pixels, and how near the second is."""
+    places = torch.arange(size, dtype=torch.float32) * ((length - 1) / (size - 1))
+    before = places.long().clamp(max=length - 1)
+    return before, (before + 1).clamp(max=length - 1), places - before
 
 
 def _paste(state: GracoState, encoded: Encoded) -> FloatMap:

@@ -236,6 +236,23 @@ def test_an_archive_writes_nowhere_else_and_what_claims_to_be_huge_is_not_read(r
         elsewhere.import_("project-1", archive)
 
 
+def test_a_link_that_leads_out_of_a_version_is_neither_exported_nor_made_by_an_import(registry, publish, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("canary-1f3c")
+    version = publish(1)
+    registry.path(version).with_name("worst.png").symlink_to(secret)
+    archive = registry.export("shared", version.id, tmp_path)
+    with zipfile.ZipFile(archive, "a") as file:
+        assert sorted(file.namelist()) == ["adapter.safetensors", "card.json"]
+        link = zipfile.ZipInfo("curves.png")
+        link.external_attr = 0o120777 << 16  # how zip says that it is a symbolic link
+        file.writestr(link, str(secret))
+    elsewhere = AdapterRegistry(tmp_path / "elsewhere", base=BASE)
+    found = elsewhere.path(elsewhere.import_("shared", archive)).parent
+    assert not any(path.is_symlink() for path in found.iterdir())
+    assert all(b"canary-1f3c" not in path.read_bytes() for path in found.iterdir())
+
+
 @pytest.mark.parametrize("line", ["", "project-", "project-x", "../shared", "project-3/..", "shared\n", "Shared"])
 def test_what_is_no_line_is_refused(registry, line):
     with pytest.raises(Refusal, match="is no line"):

@@ -201,6 +201,7 @@ def test_kubernetes_pods_are_locked_down_limited_and_name_what_there_is(name, po
     }
     assert box["resources"]["limits"]["memory"]
     if box["image"] == "graco-label-studio":
+        assert pod["enableServiceLinks"] is False, "variables of services are none of our settings"
         assert_commands(box["args"])
         assert {one["name"] for one in box["env"]} <= variables()
         assert {one["mountPath"] for one in box["volumeMounts"]} == {"/data", "/shared", "/tmp", "/run/secrets/graco"}

@@ -204,6 +204,17 @@ def test_what_names_no_correction_version_or_picture_is_not_found(make_admin, tm
     assert str(tmp_path).encode() not in answer.data
 
 
+def test_a_picture_that_is_a_link_out_of_its_version_is_not_shown(make_admin, tmp_path, registry, two):
+    (tmp_path / "secret").write_text("canary-1f3c")
+    name = "sheet.png"
+    path = registry.path(two[0]).with_name(name)
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "secret")
+    client, _ = make_admin()
+    answer = client.get(f"/admin/versions/project-3/{two[0].id}/{name}")
+    assert (answer.status_code, b"canary" in answer.data) == (404, False)
+
+
 def test_a_change_without_the_forms_token_is_refused(make_admin, registry, two):
     client, _ = make_admin()
     page(client, "/admin/versions")

@@ -47,6 +47,7 @@ WRONG = {
     "an empty webhook secret": {SECRET_HEADER: ""},
     "a bearer": {"Authorization": f"Bearer {PASSWORD}"},
     "no base64": {"Authorization": "Basic ???"},
+    "no ASCII": {"Authorization": "Basic \xff\xfe"},
     "letters of elsewhere": {
         "Authorization": "Basic " + base64.b64encode("ü:\udcff".encode("utf-8", "replace")).decode()
     },
@@ -311,8 +312,15 @@ def test_a_browser_gets_the_form_and_no_dialog_of_its_own_and_a_program_the_chal
     assert page.status_code == 401
     assert "Basic" not in page.headers["WWW-Authenticate"]
     assert 'name="next" value="/admin/versions?line=a"' in page.text
-    assert client.get("/admin/part", headers={"HX-Request": "true"}).headers["HX-Redirect"] == "/admin/login"
     assert client.get("/admin/").headers["WWW-Authenticate"].startswith("Basic realm=")
+
+
+def test_twelve_hours_after_the_login_a_session_ends_however_often_it_was_used(client):
+    log_in(client)
+    assert opens(client)
+    with client.session_transaction("/admin/") as session:
+        session["since"] -= 12 * 3600
+    assert not opens(client)
 
 
 def test_a_new_password_ends_the_sessions_of_the_old_one(guarded):

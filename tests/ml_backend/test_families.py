@@ -37,7 +37,8 @@ def published(tmp_path):
 
 
 @pytest.fixture
-def settings(tmp_path, label_studio):
+def settings(tmp_path, label_studio, monkeypatch):
+    monkeypatch.setattr(families, "load_segmenter", load_segmenter)  # services of other tests share one model
     return settings_for(tmp_path / "data", label_studio, family="graco", cache_dir=tmp_path / "cache")
 
 
@@ -50,8 +51,7 @@ def imported(settings, published):
     return settings
 
 
-def test_imported_weights_answer_clicks_levels_and_all_levels_of_one_click(imported, monkeypatch):
-    monkeypatch.setattr(families, "load_segmenter", load_segmenter)
+def test_imported_weights_answer_clicks_levels_and_all_levels_of_one_click(imported):
     service = Service(imported)
     try:
         client = create_app(service).test_client()

@@ -228,6 +228,21 @@ def test_versions_used_longest_ago_are_forgotten_and_loaded_again(make_service, 
         assert len(service._active._loaded) <= 2
 
 
+def test_of_a_line_that_goes_on_the_version_that_serves_and_the_one_before_stay_in_memory(
+    make_service, registry, trained
+):
+    first = publish(registry, "project-3", trained[0])
+    service = make_service()
+    client = create_app(service).test_client()
+    assert answer(client)["model_version"] == name(registry, first)
+    for adapter in (trained[1], trained[2]):
+        before, version = registry.active("project-3"), publish(registry, "project-3", adapter)
+        wait_until(lambda version=version: answer(client)["model_version"] == name(registry, version))
+        assert set(service._active._loaded) == {("project-3", before.id), ("project-3", version.id)}
+    registry.activate("project-3", first.id)
+    wait_until(lambda: answer(client)["model_version"] == name(registry, first))
+
+
 @pytest.mark.parametrize(
     ("project", "lines"),
     [

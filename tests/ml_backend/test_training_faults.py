@@ -156,7 +156,7 @@ def test_a_training_on_a_full_disk_says_so_and_goes_on_where_it_was_once_there_i
         return 0 if now is None else now.step
 
     try:
-        wait_until(lambda: step() >= 60, limit_s=300)  # one checkpoint is written
+        wait_until(lambda: step() >= 60, limit_s=600)  # one checkpoint is written
         ballast = seen.data_dir / "ballast"
         with ballast.open("wb") as file, contextlib.suppress(OSError):
             while True:

@@ -1,8 +1,9 @@
-"""The web process is killed while annotators submit: what it had answered is not lost."""
+"""The web process is killed while annotators submit: what it had answered is not lost. Clients fall silent."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -114,3 +115,25 @@ def test_of_a_thousand_events_none_that_was_answered_is_lost_when_the_web_proces
     with closing(CorrectionStore(settings.data_dir / "corrections.sqlite")) as store:
         found = [one.annotation for one in store.corrections("3")]
     assert sorted(found) == sorted(set(kept)), "each is in the ledger once"
+
+
+def test_clients_that_fall_silent_in_the_middle_of_a_request_hold_no_thread_for_long(web: Web):
+    half = (
+        b"GET /health HTTP/1.1\r\nHost: x\r\n",
+        b"POST /webhook HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{}",
+    )
+    silent = []
+    for number in range(2 * 16):  # GRACO_THREADS
+        silent.append(socket.create_connection(("127.0.0.1", int(web.url.rpartition(":")[2]))))
+        silent[-1].sendall(half[number % 2])
+    try:
+        time.sleep(1)
+        wait_until(web.answers, limit_s=45)
+    finally:
+        for one in silent:
+            one.close()
+
+
+def test_a_header_names_neither_our_routes_nor_where_they_are_mounted(web: Web):
+    for name in ("SCRIPT_NAME", "PATH_INFO"):
+        assert requests.get(f"{web.url}/health", headers={name: "/elsewhere"}, timeout=20).status_code == 200

@@ -4,8 +4,8 @@ The backend runs as `make run` starts it, with all its processes and with auth. 
 images of mixed sizes and formats, click, choose levels, type phrases, draw boxes, and submit; Label Studio asks for
 /health and /setup in between, and with --training a training runs on what they submit, begun anew whenever one ends.
 
-Before the clock starts, images are opened until the cache of encoded images is full, and enough is submitted for a
-first training: a day's work fills the caches, and what then still grows is a leak. Exits 1 where a figure is missed.
+Before the clock starts, images are opened until the cache of encoded images is full, and a first training is carried
+out: a day's work does both, and what then still grows is a leak. Exits 1 where a figure is missed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ _PASSING = ("training", "a job of the worker", "other")  # processes that come a
 _LEVELS = tuple(level / 10 for level in range(1, 11))
 _FIRST_SUBMITTED = 12  # before a training can begin
 _HEALTH_EVERY_S, _SCRAPE_EVERY_S = 2.0, 5.0
-_TAKEN_IN_S = 180.0
+_BEGIN_S, _TAKEN_IN_S = 900.0, 180.0
+_LONG_MINUTES = 5  # shorter runs are to try things out
 
 
 def soak(options: argparse.Namespace, folder: Path) -> Json:
@@ -64,11 +65,14 @@ def soak(options: argparse.Namespace, folder: Path) -> Json:
             *(backend, Pictures(photos), Recorder(), make_config(["Object", "Part"], levels=_LEVELS), secret),
             *(options.think, threading.Event()),
         )
+        trainings = TrainingFolder(data / "trainings", f"project-{PROJECT}")
         filled = _fill(team, options.embedding_memory)
+        if options.training:
+            filled |= _first_training(team, trainings, whole=options.minutes >= _LONG_MINUTES)
+        filled |= {"errors": team.recorder.to_json()["first_errors"]}  # shown, not judged: everything starts up
         team.recorder = Recorder()
         watch = Watch(psutil.Process(), every_s=max(0.5, min(5.0, options.minutes / 2)))
         scrapes: list[dict[str, float]] = []
-        trainings = TrainingFolder(data / "trainings", f"project-{PROJECT}")
         trained: list[float] = []
         jobs = [Annotator(team, seed).work for seed in range(options.annotators)]
         jobs += [lambda: _ask_for_health(team), lambda: _scrape(team, scrapes)]
@@ -112,7 +116,26 @@ def _fill(team: Team, memory_mb: int) -> Json:
         with ThreadPoolExecutor(2) as people:  # enough to keep two cores busy
             list(people.map(lambda _: first.open(team.pictures.new()), range(8)))
         opened += 8
+    while _metrics(team).get("graco_inbox_oldest_seconds", 0.0) and time.monotonic() - start_s < _BEGIN_S:
+        time.sleep(1)
     return {"seconds": round(time.monotonic() - start_s), "images": opened, "embeddings_mb": round(now / 2**20)}
+
+
+def _first_training(team: Team, trainings: TrainingFolder, *, whole: bool) -> Json:
+    """Have a training begin, and where there is time end, so that its worker is there and its version is loaded."""
+    start_s = time.monotonic()
+    Caller(team).send("start training", "/webhook", _start_training(team), secret=True)
+    wanted = ENDED if whole else ("running", "judging", *ENDED)
+    while time.monotonic() - start_s < _BEGIN_S:
+        status = trainings.status()
+        if status is not None and status.state in wanted:
+            break
+        time.sleep(1)
+    return {"first_training_s": round(time.monotonic() - start_s), "first_training": status and status.state}
+
+
+def _start_training(team: Team) -> Json:
+    return {"action": "START_TRAINING", "project": {"id": PROJECT, "title": "soak", "label_config": team.config}}
 
 
 def _metrics(team: Team) -> dict[str, float]:
@@ -137,12 +160,11 @@ def _scrape(team: Team, scrapes: list[dict[str, float]]) -> None:
 def _keep_training(team: Team, trainings: TrainingFolder, trained: list[float]) -> None:
     """Press Start Training whenever none runs, and note for how long one did, each second."""
     caller = Caller(team)
-    project = {"id": PROJECT, "title": "soak", "label_config": team.config}
     asked_s = -10.0
     while not team.ending.is_set():
         status = trainings.status()
         if (status is None or status.state in ENDED) and time.monotonic() - asked_s > 5:
-            caller.send("start training", "/webhook", {"action": "START_TRAINING", "project": project}, secret=True)
+            caller.send("start training", "/webhook", _start_training(team), secret=True)
             asked_s = time.monotonic()
         begin_s = time.monotonic()
         team.ending.wait(1)
@@ -206,7 +228,7 @@ def _report(
             what=f"errors of {sum(one['count'] for one in recorded['milliseconds'].values())} requests by "
             f"{options.annotators} annotators in {lasted_s / 60:.1f} minutes",
             reach="0",
-            measured=f"{recorded['errors']}; in the log {len(log)}; lost {lost['lost']} of {lost['submitted']} annotations",
+            measured=f"{recorded['errors']}; in the log {len(log)}; lost {lost['lost']} of {lost['submitted']}",
             reached=errors == 0,
         ),
         Row(

@@ -41,7 +41,7 @@ def growth(times_s: Sequence[float], values: Sequence[float], whole_s: float) ->
     thin = -(-int(after.sum()) // _MOST_POINTS)
     slope, start, *_ = theilslopes(found[after][::thin], times[after][::thin])
     first = start + slope * WARM_UP * whole_s
-    return round(100 * slope * (1 - WARM_UP) * whole_s / first, 2)
+    return round(float(100 * slope * (1 - WARM_UP) * whole_s / first), 2)
 
 
 class Watch:

@@ -247,8 +247,8 @@ def main() -> None:
     """Measure, print, write the report if a file is named."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak.saturation", description=__doc__)
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=15, help="of each turn of each side")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=8, help="of each turn of each side")
     parser.add_argument("--photos", type=int, default=12)
     parser.add_argument("--report", type=Path, help="JSON file to write")
     parser.add_argument("--decoder", type=Path, help=argparse.SUPPRESS)

@@ -44,6 +44,13 @@ def undone(backend):
     return counts["undone"], counts["failed"]
 
 
+def drain(backend):
+    """Wait until all events are taken in, as long as there are fewer each minute: a busy machine takes its time."""
+    while (left := undone(backend)) != (0, 0):
+        assert left[1] == 0, "some were given up"
+        wait_until(lambda left=left: undone(backend) < left, limit_s=60)
+
+
 def kept(backend):
     """The ids of the annotations in the ledger, one for each region."""
     with closing(CorrectionStore(backend.folder / "data" / "corrections.sqlite")) as store:
@@ -96,13 +103,13 @@ def test_none_of_a_thousand_corrections_is_lost_while_worker_redis_web_and_in_th
                     process.kill()
         for sender in senders:
             sender.join()
-        for process in [*psutil.Process(backend.process.pid).children(recursive=True), backend.process]:
+        children = psutil.Process(backend.process.pid).children(recursive=True)
+        for process in [backend.process, *children]:  # the supervisor first, so that nothing is started again
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-        backend.process.wait()
     with running(tmp_path, label_studio.url) as backend:
         start_s = time.monotonic()
-        wait_until(lambda: undone(backend) == (0, 0), limit_s=240)
+        drain(backend)
         took_s = time.monotonic() - start_s
         found = kept(backend)
     lost = answered - set(found)
@@ -225,9 +232,9 @@ def test_of_webhooks_a_third_of_which_is_dropped_the_reconciler_has_all_within_a
         [
             Row(
                 what=f"R6: {dropped} of 100 webhooks dropped",
-                reach=f"all there within {interval_s} s",
+                reach=f"all there after an interval of {interval_s} s and 15 s to take them in",
                 measured=f"after {took_s:.0f} s",
-                reached=took_s < interval_s + 15,  # to fetch and take them in
+                reached=took_s < interval_s + 15,
             )
         ]
     )

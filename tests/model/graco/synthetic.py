@@ -21,19 +21,24 @@ from model.graco.network import SimpleClick
 from model.graco.weights import published
 from tests.conftest import ROOT, missing
 
-SHAPES = "simpleclick_vit_b_448.shapes.json"
+CASES, SHAPES = "cases.json", "simpleclick_vit_b_448.shapes.json"
 TINY = Architecture(
     name="vit_32x4", width=32, depth=4, heads=2, patch=16, size=224, neck=(8, 16, 32, 64), head=16, doublings=0
 )
 """A network of the family that is made, written and read in no time."""
 
 
-def parity_folder() -> Path:
-    """Return the folder of the recorded cases; without it the test is skipped."""
-    folder = Path(os.environ.get("GRACO_PARITY_DIR", ROOT.parent / "shared" / "parity"))
-    if not (folder / SHAPES).is_file():
-        missing(f"{folder / SHAPES} is not there: name the folder of parity cases with GRACO_PARITY_DIR")
-    return folder
+def parity_file(name: str) -> Path:
+    """Return a file of the recorded cases; without it the test is skipped.
+
+    The names of the published tensors are the same for all cases, so that a folder of further ones need not hold them.
+    """
+    shared = ROOT.parent / "shared" / "parity"
+    named = Path(os.environ.get("GRACO_PARITY_DIR", shared))
+    folder = shared if name == SHAPES and not (named / name).is_file() else named
+    if not (folder / name).is_file():
+        missing(f"{folder / name} is not there: name the folder of parity cases with GRACO_PARITY_DIR")
+    return folder / name
 
 
 def published_adapter() -> Path:
@@ -60,7 +65,7 @@ def synthetic_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
 @cache
 def synthetic_base() -> dict[str, Tensor]:
     """Return the base of the cases in published names, fp32; made once, nobody writes into it."""
-    shapes = json.loads((parity_folder() / SHAPES).read_text())
+    shapes = json.loads(parity_file(SHAPES).read_text())
     return {name: synthetic_tensor(name, tuple(shape)) for name, shape in shapes.items()}
 
 

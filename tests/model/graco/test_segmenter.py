@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from model.adapter import write_adapter
 from model.graco import weights
-from model.graco.segmenter import Focus, GracoSegmenter
+from model.graco.segmenter import Focus, GracoSegmenter, _sampled
+from model.metrics import iou
 from model.segmenter import digest_of_file, load_segmenter, predict
 from model.types import Box, Click, Granularity, Prompt, Refusal
 from tests.model.graco.synthetic import TINY, made_adapter, made_base
@@ -93,6 +95,30 @@ def test_with_a_memo_each_further_click_is_one_pass_of_the_image_and_its_mirror_
     passes.clear()
     predict(adapted, encoded, Prompt(clicks=THREE[:1]), proposals=10)
     assert passes == [20], "all levels in one pass"
+
+
+class Forgetful(dict):
+    """A memo that others have filled since it was last asked: what it gave once is gone."""
+
+    def get(self, prompt):
+        return self.pop(prompt, None)
+
+
+@pytest.mark.parametrize("memo", [{}, Forgetful()])
+def test_all_levels_are_offered_again_from_a_memo_that_has_all_some_or_none_of_them(adapted, encoded, memo):
+    prompt = Prompt(clicks=THREE[:1])
+    memo[replace(prompt, granularity=LEVEL)] = adapted.step(encoded, replace(prompt, granularity=LEVEL), None)
+    offers = [predict(adapted, encoded, prompt, memo=memo, proposals=10).proposals for _ in range(3)]
+    for again in offers[1:]:
+        for one, other in zip(offers[0], again, strict=True):
+            assert iou(one.mask, other.mask) > 0.999
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 700), (120, 90), (448, 448), (900, 1300)])
+def test_of_a_photo_the_pixels_that_the_network_needs_are_those_of_the_whole_one_resized(size):
+    pixels = torch.from_numpy(np.random.default_rng(4).integers(0, 256, (*size, 3), dtype=np.uint8))
+    whole = F.interpolate(pixels.permute(2, 0, 1)[None].float() / 255, (448, 448), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(_sampled(pixels, 448), whole[0], rtol=0, atol=1e-6)
 
 
 def test_levels_of_one_pass_are_those_of_ten(adapted, encoded):
