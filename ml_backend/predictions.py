@@ -140,7 +140,7 @@ def _interactive(request: _Request, config: LabelConfig, task: Json, context: Js
             ask.task_id,
             len(prompt.clicks),
             "all" if ask.all_levels else ask.level,
-            prompt.phrase,
+            prompt.phrase if prompt.phrase is None or segmenter.phrases_are_names else "as typed",  # not for a log
             len({item["id"] for item in regions}),
         ),
         *(shaped[0].adapter or segmenter.version, request.model_version, (time.perf_counter() - start) * 1000),

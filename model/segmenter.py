@@ -66,6 +66,8 @@ class Segmenter(Protocol):
 
     first_step_serves_all_levels: bool
     """Whether the state after the first step is the same for every level."""
+    phrases_are_names: bool
+    """Whether a phrase, once understood, is one of the names that the adapter was trained on; else it is as typed."""
     costly_to_encode: bool
     """Whether an encoded image is worth a file: it takes longer to make than to read."""
 

@@ -91,6 +91,7 @@ class GracoSegmenter:
     """SimpleClick's ViT and GraCo's adapter; see `model.segmenter.Segmenter` for what the methods mean."""
 
     first_step_serves_all_levels = False
+    phrases_are_names = False
     costly_to_encode = False
 
     def __init__(
@@ -199,8 +200,8 @@ class GracoSegmenter:
             return replace(prompt, phrase=None)
         if self._text is None:
             raise Refusal(
-                f"the phrase {phrase[:40]!r} cannot be read: CLIP ViT-B/32 is not at hand. Put its weights into the "
-                "folder clip of the data directory (docs/checkpoints.md), or leave the phrase empty"
+                "the phrase cannot be read: CLIP ViT-B/32 is not at hand. Put its weights into the folder "
+                "clip of the data directory (docs/checkpoints.md), or leave the phrase empty"
             )
         return replace(prompt, phrase=phrase, granularity=None)
 

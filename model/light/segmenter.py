@@ -97,6 +97,7 @@ class LightSegmenter:
     """TinyViT + SAM decoder; see `model.segmenter.Segmenter` for what the methods mean."""
 
     first_step_serves_all_levels = True
+    phrases_are_names = True
     costly_to_encode = True
 
     def __init__(

@@ -75,6 +75,7 @@ class Painter:
     encoding: str = "painter-1-none"
     adapter: str | None = None
     first_step_serves_all_levels: bool = True
+    phrases_are_names: bool = True
     costly_to_encode: bool = True
 
     def with_adapter(self, adapter: Path | None) -> Painter:
