@@ -447,7 +447,12 @@ def _auth(settings: Settings) -> Iterator[Check]:
     elif not known.password:
         yield Check("auth", "ok", "on; secrets are made at the first start")
     else:
-        yield Check("auth", "ok", f"on; Label Studio's user is {known.username}")
+        kept = (
+            f"; the passwords that were made are in {path}"
+            if None in (settings.password, settings.admin_password)
+            else ""
+        )
+        yield Check("auth", "ok", f"on; Label Studio's user is {known.username}{kept}")
 
 
 def _is_loopback(host: str | None) -> bool:

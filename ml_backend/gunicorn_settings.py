@@ -6,13 +6,16 @@ the last of them; and no header names our routes: those of proxies are read by G
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import struct
 import sys
 from typing import Any
 
+from gunicorn import util
 from gunicorn.glogging import Logger
+from gunicorn.workers.gthread import ThreadWorker
 from prometheus_client import values
 from prometheus_client.multiprocess import mark_process_dead
 
@@ -44,6 +47,19 @@ class logger_class(Logger):  # type: ignore[misc]
             self.warning("a client fell silent for %d s in the middle of a request; it is cut off", _STALLED_S)
         else:
             super().exception(msg, *args, **kwargs)
+
+
+class Worker(ThreadWorker):  # type: ignore[misc]
+    """Lingers for a silent client in the thread that answered it; gunicorn's own does so where it accepts others."""
+
+    def handle(self, conn: Any) -> Any:
+        """Answer a request; return whether the connection stays."""
+        stays = super().handle(conn)
+        if stays is False:
+            with contextlib.suppress(OSError):
+                util.close_graceful(conn.sock.dup())
+                conn.sock.shutdown(socket.SHUT_RDWR)  # so that gunicorn has nothing to wait for
+        return stays
 
 
 def when_ready(server: Any) -> None:

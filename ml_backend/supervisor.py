@@ -83,7 +83,12 @@ def web_command(settings: Settings) -> list[str]:
     return [
         *(sys.executable, "-m", "gunicorn", "_wsgi:app", "--chdir", str(here.parent)),
         *("--config", f"file:{here / 'gunicorn_settings.py'}", "--workers", str(settings.web_processes)),
-        *("--bind", f"{_bracketed(settings.host)}:{settings.port}", "--worker-class", "gthread"),
+        *(
+            "--bind",
+            f"{_bracketed(settings.host)}:{settings.port}",
+            "--worker-class",
+            "ml_backend.gunicorn_settings.Worker",
+        ),
         *("--threads", str(settings.threads), "--timeout", "120", "--graceful-timeout", "10", "--keep-alive", "30"),
         *("--log-level", "warning"),
     ]

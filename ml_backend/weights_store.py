@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -146,6 +147,8 @@ class WeightsStore:
                     )
                 except Refusal as refusal:
                     raise Refusal(f"{source}: {refusal}") from refusal
+                except SafetensorError as error:  # a full disk, which safetensors reports in its own way
+                    raise OSError(f"{name} cannot be written ({error})") from error
                 card = Card(
                     name=name,
                     kind=kind,
@@ -198,10 +201,13 @@ class WeightsStore:
             form: pth, with tensors and config in plain data, or safetensors with the config as JSON in its metadata.
 
         Raises:
-            Refusal: there are no such weights, or there is such a file.
+            Refusal: there are no such weights, or there is such a file, or no such folder.
+            OSError: it cannot be written.
         """
         if target.exists():
             raise Refusal(f"there is {target} already; choose another file, or remove it first")
+        if not target.parent.is_dir():
+            raise Refusal(f"there is no folder {target.parent}; make it, or choose another file")
         if name in self.names():
             card = self.card(name)
             if card.kind == "base":
@@ -343,6 +349,8 @@ def _write(target: Path, tensors: dict[str, Tensor], config: dict[str, Any], for
             save_file(whole, draft, {"config": json.dumps(config)})
         draft.chmod(0o644)
         draft.replace(target)
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        raise OSError(f"{target} cannot be written ({error})") from error
     finally:
         draft.unlink(missing_ok=True)
 

@@ -80,6 +80,8 @@ def read_checkpoint(path: Path, wanted: Callable[[str], bool] | None = None) -> 
     try:
         if path.is_dir():
             raise Refusal(f"{path} is a folder; name the checkpoint file in it")
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise Refusal(f"{path} is not a file; name the checkpoint file")
         with path.open("rb") as file:
             return _read(path, file, os.fstat(file.fileno()).st_size, wanted)
     except OSError as error:

@@ -340,10 +340,11 @@ def _sampled(pixels: Tensor, size: int) -> Tensor:
     All of a large photo in float32 would take more memory than the network.
     """
     (top, bottom, down), (left, right, across) = (_neighbours(length, size) for length in pixels.shape[:2])
-    upper, lower = (
-        torch.lerp(*(row[:, column].permute(2, 0, 1).float() / 255 for column in (left, right)), across)
+    above, below = (
+        [row[:, column].permute(2, 0, 1).float() / 255 for column in (left, right)]
         for row in (pixels[top], pixels[bottom])
     )
+    upper, lower = torch.lerp(above[0], above[1], across), torch.lerp(below[0], below[1], across)
     return torch.lerp(upper, lower, down[:, None])
 
 

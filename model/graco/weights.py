@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.adapter import AdapterFile
-from model.graco.inputs import LEVELS, RADIUS, Architecture
+from model.graco.inputs import LEVELS, RADIUS, WINDOW, Architecture
 from model.types import Refusal
 
 LEVEL, PHRASE = "level", "phrase"
@@ -97,9 +97,10 @@ def architecture_of(tensors: dict[str, Tensor], config: dict[str, Any] | None = 
         head, last = tensors["head.fusion_conv.conv.weight"].shape[0], tensors["head.conv_seg.weight"].shape[1]
         grid = round((position.shape[1] - 1) ** 0.5)
     except (KeyError, IndexError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else "some have other shapes"
         raise Refusal(
-            f"these are not the tensors of a SimpleClick ViT checkpoint ({error} is missing or has another shape); "
-            "import one such as sbd_vit_base.pth, cocolvis_vit_large.pth or GraCo_base_lora.pth"
+            f"these are not the tensors of a SimpleClick ViT checkpoint ({what}); import one such as "
+            "sbd_vit_base.pth, cocolvis_vit_large.pth or GraCo_base_lora.pth"
         ) from error
     depth = 1 + max((int(m[1]) for name in tensors if (m := re.match(r"backbone\.blocks\.(\d+)\.", name))), default=-1)
     known, known_depth, known_heads = _KNOWN.get(width, ("", 0, 0))
@@ -108,8 +109,10 @@ def architecture_of(tensors: dict[str, Tensor], config: dict[str, Any] | None = 
         raise Refusal(f"the position embedding has {position.shape[1] - 1} places, which is no square grid")
     if type(heads) is not int or not heads or width % heads:
         raise Refusal(f"how many attention heads a width of {width} has is not known, and the checkpoint does not tell")
-    if depth < 4 or depth % 4:
+    if depth < 4 or depth % 4 or depth > len(tensors):  # the number in a name may be any
         raise Refusal(f"the checkpoint has {depth} blocks; SimpleClick's networks have a multiple of 4")
+    if not 0 < patch <= WINDOW:
+        raise Refusal(f"the checkpoint cuts patches of {patch} pixels; SimpleClick's networks take 16, or 14")
     if last not in (head, head // 2, head // 4):
         raise Refusal(f"the head joins {head} channels and answers from {last}; import a checkpoint of SimpleClick")
     return Architecture(
@@ -244,6 +247,8 @@ def adapter_from_published(tensors: dict[str, Tensor], architecture: Architectur
     rank = first.shape[0] // 2 if which == "A" else first.shape[-1]
     second = any(match[4] for match in found)
     _compare(tensors, _adapter_shapes(architecture, rank, phrase=second, text=_text_width(tensors)), "a GraCo adapter")
+    if rank != RANK:
+        raise Refusal(f"the adapter has rank {rank}; the published code reads and writes rank {RANK} alone")
     plain = {name: value for name, value in tensors.items() if not _LORA.fullmatch(name)}
     lora: dict[str, dict[str, Tensor]] = {LEVEL: {}, PHRASE: {}} if second else {LEVEL: {}}
     for match in found:

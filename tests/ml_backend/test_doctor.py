@@ -631,6 +631,10 @@ def test_auth_that_is_off_and_secrets_that_others_can_read_are_warnings(settings
     (tmp_path / "data" / "secrets.json").write_text("{")
     (tmp_path / "data" / "secrets.json").chmod(0o600)
     assert check(settings(), "auth").status == "error"
+    (tmp_path / "data" / "secrets.json").write_text('{"password": "x"}')
+    assert check(settings(), "auth").seen.endswith("secrets.json")
+    given = {"password": "password-of-ls", "admin_password": "password-of-admin"}
+    assert check(settings(**given), "auth").seen == "on; Label Studio's user is label-studio"
 
 
 def test_a_title_in_place_of_the_model_version_is_a_hint(settings, studio):

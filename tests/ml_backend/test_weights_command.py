@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -111,6 +112,7 @@ def test_base_and_adapter_are_kept_shown_verified_written_back_and_removed(data,
         whole = torch.load(tmp_path / f"{name}.pth", weights_only=True)
         assert whole.keys() == {"state_dict", "config"}, "as the published code reads it"
         assert "already; choose another file" in refused("export", name, out)
+        assert "there is no folder" in refused("export", name, tmp_path / "none" / "a.pth")
     assert "are the base of graco-tiny-lora" in refused("remove", "sbd-vit-tiny")
     assert run("remove", "graco-tiny-lora").stdout.strip() == "removed graco-tiny-lora"
     assert run("remove", "sbd-vit-tiny").exit_code == 0
@@ -349,6 +351,22 @@ def test_the_published_adapter_and_a_base_of_its_size_are_imported_in_little_mem
     same(torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"], expected)
     architecture = weights.read_base(store.path("sbd-vit-base"))[1]
     assert asdict(architecture)["name"] == "vit_b"
+
+
+def test_a_file_that_may_not_grow_ends_import_and_export_with_a_sentence(data, base, tmp_path):
+    run("import", base)
+    before, limits = tree(data), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        said = [refused("import", base, "--name", "second")]
+        said += [refused("export", "sbd-vit-tiny", tmp_path / f"out.{suffix}") for suffix in ("pth", "safetensors")]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert all("cannot be written" in sentence and "free some space" in sentence for sentence in said)
+    assert tree(data) == before
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_a_full_disk_ends_the_command_with_a_sentence_and_leaves_nothing(data, base, monkeypatch):

@@ -48,6 +48,7 @@ _LITTLE_MB = 4.0  # a process that grew by less is not blamed: 5 % of a small on
 _PASSING = ("training", "a job of the worker", "other")  # processes that come and go
 _LEVELS = tuple(level / 10 for level in range(1, 11))
 _FIRST_SUBMITTED = 12  # before a training can begin
+_FILLING_CLICKS = 4  # on each image that is opened before the clock starts
 _HEALTH_EVERY_S, _SCRAPE_EVERY_S = 2.0, 5.0
 _BEGIN_S, _TAKEN_IN_S = 900.0, 180.0
 _LONG_MINUTES = 5  # shorter runs are to try things out
@@ -114,7 +115,7 @@ def _fill(team: Team, memory_mb: int) -> Json:
     while (now := _metrics(team).get("graco_embedding_memory_bytes", 0.0)) < 0.97 * memory_mb * 2**20 and now > held:
         held = now
         with ThreadPoolExecutor(2) as people:  # enough to keep two cores busy
-            list(people.map(lambda _: first.open(team.pictures.new()), range(8)))
+            list(people.map(lambda _: first.open(team.pictures.new(), _FILLING_CLICKS), range(8)))
         opened += 8
     while _metrics(team).get("graco_inbox_oldest_seconds", 0.0) and time.monotonic() - start_s < _BEGIN_S:
         time.sleep(1)

@@ -101,9 +101,11 @@ class Annotator:
         while not self._team.ending.is_set():
             self._task()
 
-    def open(self, picture: Picture) -> None:
-        """Click once on a picture, without a thought: it is encoded and known."""
-        self._ask("before the clock", self._request(picture, 1, self._regions(picture, [self._place(picture)], 0), []))
+    def open(self, picture: Picture, clicks: int) -> None:
+        """Click on a picture here and there, without a thought: it is encoded, and caches of answers fill."""
+        for _ in range(clicks):
+            regions = self._regions(picture, [self._place(picture)], 0)
+            self._ask("before the clock", self._request(picture, 1, regions, []))
 
     def submit_drawn(self, picture: Picture) -> None:
         """Submit all objects of a picture as drawn by hand."""

@@ -392,7 +392,10 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_do(tmp_path, data, senten
         read_checkpoint(tmp_path / "a.pth")
 
 
-def test_a_folder_and_a_missing_file_are_refused(tmp_path):
+def test_a_folder_a_pipe_and_a_missing_file_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Refusal, match="is not a file"):
+        read_checkpoint(tmp_path / "pipe")
     with pytest.raises(Refusal, match="is a folder"):
         read_checkpoint(tmp_path)
     with pytest.raises(Refusal, match="No such file"):

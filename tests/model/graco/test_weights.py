@@ -195,10 +195,27 @@ def test_an_adapter_that_lacks_something_is_refused_by_name(gone):
         weights.adapter_from_published(tensors, TINY, BASE)
 
 
-def test_an_adapter_that_the_published_code_would_scale_otherwise_is_not_written_for_it():
-    adapter = weights.adapter_from_published(made_adapter(TINY, rank=4), TINY, BASE)
-    with pytest.raises(Refusal, match="rank 4 and alpha 1"):
-        weights.adapter_to_published(adapter)
+@pytest.mark.parametrize("rank", [4, 16])
+def test_an_adapter_that_the_published_code_would_scale_otherwise_is_neither_taken_nor_written_for_it(rank):
+    with pytest.raises(Refusal, match=f"rank {rank}; the published code reads"):
+        weights.adapter_from_published(made_adapter(TINY, rank=rank), TINY, BASE)
+    adapter = weights.adapter_from_published(made_adapter(TINY), TINY, BASE)
+    with pytest.raises(Refusal, match=f"rank {rank} and alpha 1"):
+        weights.adapter_to_published(replace(adapter, card=adapter.card | {"rank": rank}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("backbone.blocks.99999999.norm1.weight", torch.zeros(32), "has 100000000 blocks"),
+        ("backbone.patch_embed.proj.weight", torch.zeros(32, 3, 300, 300), "patches of 300 pixels"),
+        ("backbone.patch_embed.proj.weight", torch.tensor(1.0), "some have other shapes"),
+        ("backbone.pos_embed", torch.zeros(5), "some have other shapes"),
+    ],
+)
+def test_sizes_that_no_network_has_are_refused_before_one_is_made(name, value, sentence):
+    with pytest.raises(Refusal, match=sentence):
+        weights.architecture_of(made_base(TINY) | {name: value}, weights.make_config(TINY))
 
 
 def test_base_and_adapter_are_told_apart_by_names():
