@@ -221,6 +221,8 @@ class _Guard:
 def _say(status: int, sentence: str) -> Response:
     rule = request.url_rule.rule if request.url_rule else "unknown"  # a path may hold anything
     log.warning("%s refused: %s", rule, sentence)
+    if _is_admins(request.path) and "text/html" in request.headers.get("Accept", ""):
+        return Response(render_template("admin/error.html", title="That was not done", said=sentence), status)
     return Response(msgspec.json.encode({"error": sentence}), status, content_type="application/json")
 
 

@@ -7,6 +7,7 @@
     if (!document.hidden && window.getSelection().toString() === "") {
       try {
         const answer = await fetch(location.pathname + location.search, { headers: { Accept: "text/html" } });
+        if (answer.status === 401) location.reload(); // the login has ended
         if (answer.ok && !answer.redirected) {
           const page = new DOMParser().parseFromString(await answer.text(), "text/html");
           const fresh = page.getElementById(part.id);

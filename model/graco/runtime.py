@@ -53,11 +53,13 @@ class TorchRuntime:
         self.name = f"torch-{'fp16' if self._type == torch.float16 else 'fp32'}"
 
     def __call__(self, image: Tensor, maps: Tensor, signals: Tensor, low_rank: LowRank) -> Tensor:
-        """Return the logits, the whole batch in one pass."""
+        """Return the logits: the whole batch in one pass on a GPU, pair by pair on a CPU, which saves its memory."""
+        together = _PAIR if self._device.type == "cpu" else len(image)
         with self._lock, torch.inference_mode():
-            on = [value.to(self._device, self._type) for value in (image, maps, signals, low_rank.down, low_rank.up)]
-            logits: Tensor = self._network(on[0], on[1], on[2], LowRank(on[3], on[4]))
-            return logits.float().cpu()
+            steer = LowRank(*(value.to(self._device, self._type) for value in (low_rank.down, low_rank.up)))
+            batches = zip(*(value.split(together) for value in (image, maps, signals)), strict=True)
+            found = [self._network(*(v.to(self._device, self._type) for v in batch), steer) for batch in batches]
+            return torch.cat(found).float().cpu()
 
 
 class OpenVinoRuntime:

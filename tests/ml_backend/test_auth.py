@@ -300,6 +300,13 @@ def test_a_wrong_password_says_so_in_the_form_and_ten_make_the_right_one_wait(cl
     assert not opens(client)
 
 
+def test_a_browser_is_told_on_a_page_why_a_form_was_not_taken(client):
+    refused = client.post("/admin/login", data={"password": ADMIN}, headers={"Accept": "text/html"})
+    assert (refused.status_code, refused.mimetype) == (403, "text/html")
+    assert "reload the page" in refused.text
+    assert client.post("/admin/login", data={"password": ADMIN}).mimetype == "application/json"
+
+
 def test_a_login_without_the_forms_token_is_refused(client):
     client.get("/admin/login")
     for data in ({"password": ADMIN}, {"password": ADMIN, "csrf_token": "x"}):
