@@ -31,6 +31,7 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
+from active_learning.folders import draft_folder, sync
 from model.adapter import read_adapter
 from model.segmenter import digest_of, digest_of_file, read_weights
 from model.types import Refusal
@@ -224,7 +225,7 @@ class AdapterRegistry:
         """
         folder = self._line_folder(line)
         folder.mkdir(parents=True, exist_ok=True)
-        with self._writing(line), _draft(folder) as draft:
+        with self._writing(line), draft_folder(folder) as draft:
             shutil.copyfile(file, draft / ADAPTER)
             data = read_weights(draft / ADAPTER)
             read_adapter(draft / ADAPTER, base=self.base)
@@ -311,7 +312,7 @@ class AdapterRegistry:
                 for path in sorted(folder.iterdir()):
                     if path.name == ADAPTER or not path.is_symlink():  # a link could lead to any file of this machine
                         archive.write(path, path.name)
-            _sync(draft)
+            sync(draft)
             draft.replace(target)
         finally:
             draft.unlink(missing_ok=True)
@@ -383,9 +384,9 @@ class AdapterRegistry:
                 shutil.copyfile(picture, draft / picture.name)
         (draft / CARD).write_text(json.dumps(card | asdict(version), indent=1, sort_keys=True))
         for path in (*draft.iterdir(), draft):
-            _sync(path)
+            sync(path)
         draft.rename(draft.parent / version.id)
-        _sync(draft.parent)
+        sync(draft.parent)
 
     def _described(self, line: str, digest: str, card: dict[str, Any]) -> AdapterVersion:
         number = max(map(_number, self._ids(line)), default=0) + 1
@@ -433,9 +434,9 @@ class AdapterRegistry:
         else:
             draft = folder / f".{ACTIVE}.draft"
             draft.write_text(f"{version}\n")
-            _sync(draft)
+            sync(draft)
             draft.replace(folder / ACTIVE)
-        _sync(folder)
+        sync(folder)
 
     def _served(self, line: str) -> list[str | None]:
         """Return what has served, the active one last; what was gone back from is left out."""
@@ -488,26 +489,6 @@ def _reach(served: list[str | None], active: str | None) -> None:
 
 def _number(version: str) -> int:
     return int(version[1:].partition("-")[0])
-
-
-@contextmanager
-def _draft(folder: Path) -> Iterator[Path]:
-    """Give a folder to fill; what is still there at the end is removed."""
-    path = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
-    path.chmod(0o755)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have a file or folder reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _ends_with_newline(path: Path) -> bool:

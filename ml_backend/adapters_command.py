@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ml_backend.command_line import refusing
 from ml_backend.settings import Settings
 from ml_backend.version_facts import VERDICTS, made_at, numbers_in, shown, side_by_side, why_rejected
 from model.types import Refusal
@@ -139,14 +140,8 @@ def _refusing(context: typer.Context) -> Iterator[AdapterRegistry]:
     """Give the registry; end with a sentence where something cannot be done."""
     from ml_backend.service import open_registry
 
-    try:
+    with refusing():
         yield open_registry(context.ensure_object(Settings))
-    except Refusal as refusal:
-        typer.secho(str(refusal), fg="red", err=True)
-        raise typer.Exit(2) from refusal
-    except OSError as error:
-        typer.secho(f"{error}; free some space, or mend permissions, and try again", fg="red", err=True)
-        raise typer.Exit(2) from error
 
 
 def _line(text: str) -> str:

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from ml_backend.command_line import refusing
 from ml_backend.settings import Settings
-from model.types import Refusal
 
 if TYPE_CHECKING:  # torch is loaded by the command that runs, not by each
     from ml_backend.weights_store import WeightsStore
@@ -122,11 +122,5 @@ def _refusing(context: typer.Context) -> Iterator[WeightsStore]:
     """Give the store; end with a sentence where something cannot be done."""
     from ml_backend.weights_store import open_store
 
-    try:
+    with refusing():
         yield open_store(context.ensure_object(Settings))
-    except Refusal as refusal:
-        typer.secho(str(refusal), fg="red", err=True)
-        raise typer.Exit(2) from refusal
-    except OSError as error:
-        typer.secho(f"{error}; free some space, or mend permissions, and try again", fg="red", err=True)
-        raise typer.Exit(2) from error

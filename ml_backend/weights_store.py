@@ -7,12 +7,9 @@ whole or not at all: it is filled beside and renamed, and what a killed import l
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -25,12 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from active_learning.folders import draft_folder, sync
 from ml_backend.settings import Settings
 from model.adapter import read_adapter, write_adapter
 from model.graco import weights
 from model.graco.inputs import Architecture
 from model.graco.pickles import Checkpoint, read_checkpoint
 from model.graco.weights import Kind
+from model.segmenter import digest_of_file
 from model.types import Refusal
 
 CARD = "card.json"
@@ -128,7 +127,7 @@ class WeightsStore:
             raise Refusal(
                 f"{_printable(name)} is no name for weights; use up to {_LONGEST} of a-z, 0-9 and -, as in sbd-vit-b"
             )
-        origin = _digest(source)
+        origin = digest_of_file(source)
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._writing():
             if name in self.names():
@@ -136,7 +135,7 @@ class WeightsStore:
                 if (kept.origin_sha256, kept.kind) == (origin, kind):
                     return kept
                 raise Refusal(f"there are weights {name} already, from {kept.origin}; choose another one with --name")
-            with _draft(self.folder) as draft:
+            with draft_folder(self.folder) as draft:
                 target = draft / FILES[kind]
                 tensors = weights.part(checkpoint.tensors, kind)
                 try:
@@ -154,7 +153,7 @@ class WeightsStore:
                     kind=kind,
                     origin=source.name,
                     origin_sha256=origin,
-                    digest=_digest(target),
+                    digest=digest_of_file(target),
                     tensors=len(tensors),
                     values=sum(value.numel() for value in tensors.values()),
                     config=checkpoint.config,
@@ -164,9 +163,9 @@ class WeightsStore:
                 )
                 (draft / CARD).write_text(json.dumps(asdict(card), indent=1, sort_keys=True))
                 for path in (*draft.iterdir(), draft):
-                    _sync(path)
+                    sync(path)
                 draft.rename(self.folder / name)
-                _sync(self.folder)
+                sync(self.folder)
         return card
 
     def verify(self, name: str) -> Card:
@@ -180,7 +179,7 @@ class WeightsStore:
         again = f"remove and import them again: python -m ml_backend weights remove {name}"
         if not path.is_file():
             raise Refusal(f"the file of weights {name} is gone; {again}")
-        if _digest(path) != card.digest:
+        if digest_of_file(path) != card.digest:
             raise Refusal(f"the file of weights {name} is not the one that was imported; {again}")
         if card.kind == "base":
             own, architecture = weights.read_base(path)
@@ -353,31 +352,6 @@ def _write(target: Path, tensors: dict[str, Tensor], config: dict[str, Any], for
         raise OSError(f"{target} cannot be written ({error})") from error
     finally:
         draft.unlink(missing_ok=True)
-
-
-@contextmanager
-def _draft(folder: Path) -> Iterator[Path]:
-    """Give a folder to fill; what is still there at the end is removed."""
-    path = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
-    path.chmod(0o755)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have a file or folder reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _printable(name: str) -> str:

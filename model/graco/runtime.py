@@ -57,7 +57,7 @@ class TorchRuntime:
         together = _PAIR if self._device.type == "cpu" else len(image)
         with self._lock, torch.inference_mode():
             steer = LowRank(*(value.to(self._device, self._type) for value in (low_rank.down, low_rank.up)))
-            batches = zip(*(value.split(together) for value in (image, maps, signals)), strict=True)
+            batches = zip(*(torch.split(value, together) for value in (image, maps, signals)), strict=True)
             found = [self._network(*(v.to(self._device, self._type) for v in batch), steer) for batch in batches]
             return torch.cat(found).float().cpu()
 

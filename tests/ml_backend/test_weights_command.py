@@ -374,6 +374,6 @@ def test_a_full_disk_ends_the_command_with_a_sentence_and_leaves_nothing(data, b
         raise OSError(28, "No space left on device", str(path))
 
     (data / "weights").mkdir(parents=True)
-    monkeypatch.setattr(weights_store, "_sync", full)
+    monkeypatch.setattr(weights_store, "sync", full)
     assert "No space left on device" in refused("import", base)
     assert sorted(os.listdir(data / "weights")) == [".lock"]
