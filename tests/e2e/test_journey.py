@@ -18,9 +18,9 @@ import pytest
 
 from active_learning.corrections import CorrectionStore
 from active_learning.status import TrainingFolder
-from ml_backend.service import ADAPTER
 from model.adapter import read_adapter
 from model.annotations import decode
+from model.segmenter import BUNDLED_ADAPTER
 from tests.conftest import ROOT
 from tests.e2e.conftest import Pictures, StartBackend
 from tests.e2e.editor import Editor, Exchange
@@ -250,7 +250,7 @@ def test_a_phrase_typed_beside_a_click_is_obeyed_and_an_unknown_one_changes_noth
 
     editor.choose_label("Object")
     editor.answered(lambda: editor.click(photo.click))
-    name = read_adapter(ADAPTER).card["vocabulary"][0]
+    name = read_adapter(BUNDLED_ADAPTER).card["vocabulary"][0]
     named = editor.answered(lambda: editor.type_phrase(name))
     assert [item["value"]["text"] for item in named.context if item["type"] == "textarea"] == [[name]]
     assert holds(read_mask(only(named)), named.spots[0])
