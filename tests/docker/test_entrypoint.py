@@ -27,8 +27,12 @@ def locked(data, command):
 
     The one privilege left is to read: this environment's Python may lie in a folder closed to others.
     """
+    keep, back = "", ""
+    if ROOT.is_relative_to("/tmp"):  # a clone there would vanish under the empty /tmp
+        keep = f"mount --rbind '{ROOT}' /srv && "
+        back = f"mkdir -p '{ROOT}' && mount --rbind /srv '{ROOT}' && cd '{ROOT}' && "
     script = (
-        'mount --bind "$1" /mnt && mount -t tmpfs tmpfs /tmp && mount -o remount,bind,ro / && shift && '
+        f'{keep}mount --bind "$1" /mnt && mount -t tmpfs tmpfs /tmp && {back}mount -o remount,bind,ro / && shift && '
         f"exec setpriv --reuid {USER} --regid {USER} --clear-groups --no-new-privs "
         '--inh-caps -all,+dac_read_search --ambient-caps -all,+dac_read_search "$@"'
     )
