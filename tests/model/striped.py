@@ -27,6 +27,7 @@ class Striped:
 
     version = encoding = "striped"
     adapter = None
+    first_step_serves_all_levels = phrases_are_names = costly_to_encode = True
 
     def __init__(self) -> None:
         self.encoded = 0
