@@ -37,6 +37,7 @@ import numpy.typing as npt
 from rich.console import Console
 
 from active_learning.selection import Uncertainty, feature, priorities, uncertainty
+from ml_backend.families import GRACO, LIGHT
 from ml_backend.fetch import Fetcher, make_fetcher, read_answer
 from ml_backend.images import TaskImage
 from ml_backend.label_config import LabelConfig, read_config
@@ -59,7 +60,7 @@ CLICKS = 8  # places an image is asked at
 _PAGE = 100
 _LIMIT_S = 60.0  # for one answer of Label Studio
 _WIDTH = 512  # numbers of a feature
-_OURS = re.compile(r"(light|graco)-[0-9a-f]{8}(\+.*)?")
+_OURS = re.compile(rf"({LIGHT}|{GRACO})-[0-9a-f]{{8}}(\+.*)?")
 
 
 class _Project(msgspec.Struct):

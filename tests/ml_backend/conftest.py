@@ -24,12 +24,14 @@ from PIL import Image
 from prometheus_client import REGISTRY
 
 import ml_backend.families
+from active_learning.registry import AdapterRegistry
 from ml_backend.app import create_app
 from ml_backend.label_config import make_config
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from ml_backend.supervisor import redis_server
 from tests.conftest import ROOT, missing
+from tests.model.random_adapter import write_random_adapter
 
 GOLDEN = ROOT / "tests" / "golden" / "label_studio"
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
@@ -222,6 +224,19 @@ def make_service(tmp_path, label_studio, _bundled_model):
     yield make
     for service in services:
         service.close()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, segmenter):
+    """Three adapters that obey nothing, each in its own way."""
+    folder = tmp_path_factory.mktemp("trained")
+    return [write_random_adapter(folder / f"trained-{seed}.safetensors", segmenter, seed=seed) for seed in range(3)]
+
+
+@pytest.fixture
+def registry(tmp_path, segmenter):
+    """The versions in the data folder of `make_service`."""
+    return AdapterRegistry(tmp_path / "data" / "adapters", base=segmenter.digest)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 
 from active_learning.corrections import CorrectionStore
-from active_learning.registry import AdapterRegistry
 from ml_backend.app import create_app
 from ml_backend.inbox import ATTEMPTS
 from ml_backend.jobs import CORRECTIONS
@@ -22,21 +21,9 @@ from ml_backend.trainings import folder_of
 from tests.active_learning.corrected import correction
 from tests.ml_backend.conftest import TOKEN, wait_until
 from tests.ml_backend.filled import HEIGHT, WIDTH, fill, publish
-from tests.model.random_adapter import write_random_adapter
 
 PAGES = ("/admin", "/admin/corrections", "/admin/training", "/admin/versions")
 NOWHERE = "redis://:hidden-word@127.0.0.1:1/0"
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, segmenter):
-    folder = tmp_path_factory.mktemp("trained")
-    return [write_random_adapter(folder / f"trained-{seed}.safetensors", segmenter, seed=seed) for seed in range(3)]
-
-
-@pytest.fixture
-def registry(tmp_path, segmenter):
-    return AdapterRegistry(tmp_path / "data" / "adapters", base=segmenter.digest)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import ml_backend.serving
-from active_learning.registry import AdapterRegistry
 from ml_backend import brush, doctor, families
 from ml_backend.__main__ import app
 from ml_backend.app import create_app
@@ -32,22 +31,8 @@ from model.segmenter import digest_of, predict
 from tests.conftest import ROOT
 from tests.ml_backend.conftest import SIZES, TOKEN, ask, click, picture, settings_for, wait_until
 from tests.ml_backend.test_supervisor import free_port
-from tests.model.random_adapter import write_random_adapter
 
 PROJECT = "3.1795250578"
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, segmenter):
-    """Three adapters that obey nothing, each in its own way."""
-    folder = tmp_path_factory.mktemp("trained")
-    return [write_random_adapter(folder / f"trained-{seed}.safetensors", segmenter, seed=seed) for seed in range(3)]
-
-
-@pytest.fixture
-def registry(tmp_path, segmenter):
-    """The versions in the data folder of `make_service`."""
-    return AdapterRegistry(tmp_path / "data" / "adapters", base=segmenter.digest)
 
 
 def publish(registry, line, file, *, activate=True, **card):
