@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from active_learning.folders import write_whole
 from active_learning.scores import UPPER, Difference, ObjectCurve, Paired, Pairs, compare
 from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet
 from model.evaluation.protocol import Bench, ClickChain, Models, Options, Scene
@@ -300,9 +301,7 @@ def write_verdict(
             for name, (_, pairs) in sets.items()
         }
     }
-    draft = folder / ".draft-verdict.json"
-    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(folder / "verdict.json")
+    write_whole(folder / "verdict.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     draw_click_curves(
         folder / "curves.png",
         {

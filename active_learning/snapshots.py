@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from active_learning.corrections import Correction, Snapshot, held_out, parents_of
+from active_learning.folders import write_whole
 from active_learning.images import ImageStore
 from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet
 from model.granularity import scale
@@ -76,9 +77,7 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
         return value.decode("ascii")
 
     content = {"id": snapshot.id, "corrections": [asdict(correction) for correction in snapshot.corrections]}
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(content, default=plain))
-    draft.replace(path)
+    write_whole(path, json.dumps(content, default=plain))
 
 
 def read_snapshot(path: Path) -> Snapshot:

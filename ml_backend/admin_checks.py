@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 
+from active_learning.folders import write_whole
 from ml_backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,7 @@ class Checks:
             checks = examine(self._settings, quickly=True)
             content = {"at_s": time.time(), "checks": [asdict(check) for check in checks]}
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self._path.with_name(f".{self._path.name}.{threading.get_ident()}")
-            draft.write_text(json.dumps(content))
-            draft.replace(self._path)
+            write_whole(self._path, json.dumps(content))
         except Exception:
             log.exception("the doctor's checks could not be made")
         finally:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from active_learning.corrections import CorrectionStore, Snapshot, held_out
+from active_learning.folders import write_whole
 from active_learning.images import ImageStore
 from active_learning.registry import AdapterRegistry, project_of
 from active_learning.scores import ObjectCurve, Paired, compare, paired
@@ -222,6 +223,4 @@ def _short(version: str) -> str:
 
 
 def _write(folder: Path, comparison: Comparison) -> None:
-    draft = folder / ".state.draft"
-    draft.write_text(json.dumps(asdict(comparison)))
-    draft.replace(folder / "state.json")
+    write_whole(folder / "state.json", json.dumps(asdict(comparison)))
