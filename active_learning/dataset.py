@@ -22,10 +22,10 @@ from torch import Tensor
 from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet
 from model.embeddings import EmbeddingFolder
 from model.geometry import Fit
-from model.light.ladder import LEVELS, LOGITS_PER_CELL, cells
+from model.light.ladder import LOGITS_PER_CELL, cells
 from model.light.network import SIDE
 from model.segmenter import Encoded, Segmenter
-from model.types import Mask, Refusal, RGBImage
+from model.types import LEVELS, Mask, Refusal, RGBImage
 
 _LEAST_PIXELS = 6  # of a mask at the logits' resolution; smaller ones teach nothing
 _LEAST_VISIBLE = 0.4  # share of a mask that a cropped view must still hold

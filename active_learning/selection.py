@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from model.geometry import Fit
-from model.light.ladder import LEVELS, cells
+from model.light.ladder import cells
 from model.light.network import SIDE
 from model.metrics import iou
 from model.segmenter import Encoded, Segmenter, predict
-from model.types import Click, Granularity, Prompt, Proposal
+from model.types import LEVELS, Click, Granularity, Prompt, Proposal
 
 Features = npt.NDArray[np.float32]  # N, D; rows of unit length
 K = TypeVar("K")  # names an image

@@ -29,7 +29,7 @@ from active_learning.dataset import EmbeddingFiles, Lesson, Sampler, targets
 from active_learning.training_run import Course, Figures, Progress, TrainingRun, seeded
 from model.adapter import attach, switch_on
 from model.light.adapter import LEVEL, PHRASE
-from model.light.ladder import LEVELS, LOGITS_PER_CELL, LadderDecoder, fill_square
+from model.light.ladder import LOGITS_PER_CELL, LadderDecoder, fill_square
 from model.light.network import (
     BOX_BOTTOM_RIGHT,
     BOX_TOP_LEFT,
@@ -42,7 +42,7 @@ from model.light.network import (
 )
 from model.losses import normalised_focal, shrinkage, soft_iou
 from model.robot import next_click, sample_click
-from model.types import Click, Mask
+from model.types import LEVELS, Click, Mask
 
 _ON_TOKENS = (
     ".mlp."  # of the transformer, what works on the few tokens alone: cheap to train, and it decides what is asked

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from active_learning.dataset import Sampler, soft_levels
 from active_learning.training_run import Course, Figures, Progress, TrainingRun, seeded
 from model.adapter import AdapterFile, attach, load_lora, lora_state
-from model.graco.inputs import LEVELS, click_disks, normalise
+from model.graco.inputs import click_disks, normalise
 from model.graco.network import SimpleClick
 from model.graco.weights import ALPHA, LEVEL, LEVEL_EMBEDDING, RANK
 from model.losses import normalised_focal
 from model.robot import next_click, sample_click
-from model.types import Click, Mask
+from model.types import LEVELS, Click, Mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ answer depends on image, prompt and weights alone; a memo of earlier states only
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from model.geometry import FloatMap
 from model.metrics import iou
-from model.types import Granularity, Mask, Prediction, Prompt, Refusal, RGBImage
+from model.types import LEVELS, Granularity, Mask, Prediction, Prompt, Proposal, Refusal, RGBImage
 
 BUNDLED = Path(__file__).resolve().parent / "weights" / "light.safetensors"
 """Base weights that ship with the code, of the family `light`."""
@@ -114,8 +115,8 @@ def predict(
 ) -> Prediction:
     """Return the answer to `prompt`: each click a step, the last one rendered.
 
-    With an adapter, `proposals` over 1, one click (or box) and neither level nor phrase, it is the ladder: masks of all
-    levels that differ, small to large.
+    With an adapter, `proposals` over 1, one click (or box) and neither level nor phrase, it is all levels: the masks
+    that differ among the ladder's and the base's, small to large.
 
     Args:
         segmenter: the family that encoded the image.
@@ -130,11 +131,8 @@ def predict(
     prompt = segmenter.understood(prompt)
     open_question = prompt.granularity is None and prompt.phrase is None
     if proposals > 1 and open_question and _is_first(prompt) and segmenter.adapter is not None:
-        if not segmenter.first_step_serves_all_levels:
-            return _all_levels(segmenter, encoded, prompt, {} if memo is None else memo, proposals)
-        state = _replay(segmenter, encoded, replace(prompt, granularity=ANY_LEVEL), memo)
-    else:
-        state = _replay(segmenter, encoded, prompt, memo)
+        return _all_levels(segmenter, encoded, prompt, {} if memo is None else memo, proposals)
+    state = _replay(segmenter, encoded, prompt, memo)
     return segmenter.render(encoded, prompt, state, proposals=proposals)
 
 
@@ -153,18 +151,45 @@ ANY_LEVEL = Granularity(10)
 
 
 def _all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo, proposals: int) -> Prediction:
-    """Return the masks of all levels that differ, small to large, where each level takes a pass of its own."""
-    prompts = [replace(prompt, granularity=Granularity(level)) for level in range(1, 11)]
+    """Return the masks that differ among those of all levels and those the base offers, small to large.
+
+    The base's are no part of the ladder: they cover what a level's training made it give up, on photos unlike those it
+    saw. Each stands where the ladder has a mask of its size.
+    """
+    if segmenter.first_step_serves_all_levels:
+        state = _replay(segmenter, encoded, replace(prompt, granularity=ANY_LEVEL), memo)
+        ladder = segmenter.render(encoded, prompt, state, proposals=LEVELS).proposals
+    else:
+        ladder = _passes_of_all_levels(segmenter, encoded, prompt, memo)
+    offered = segmenter.render(encoded, prompt, _replay(segmenter, encoded, prompt, memo), proposals=LEVELS).proposals
+    stride = -(-max(encoded.height, encoded.width) // _COMPARED)
+    looks = {id(proposal): proposal.mask[::stride, ::stride] for proposal in (*ladder, *offered)}
+    areas = {key: int(np.count_nonzero(look)) for key, look in looks.items()}
+    ranked = sorted((*ladder, *offered), key=lambda proposal: -proposal.score)
+    found = differing((proposal, looks[id(proposal)]) for proposal in ranked)[:proposals] or ranked[:1]
+    places = {id(one): min(ladder, key=lambda level: _far(areas[id(level)], areas[id(one)])) for one in offered}
+    return Prediction(
+        proposals=tuple(
+            replace(one, granularity=places[id(one)].granularity) if id(one) in places else one
+            for one in sorted(found, key=lambda proposal: areas[id(proposal)])
+        ),
+        adapter=segmenter.adapter,
+    )
+
+
+def _far(area: int, other: int) -> float:
+    """Return how far one area is from another: times larger or smaller, as a logarithm."""
+    return abs(math.log(max(1, area) / max(1, other)))
+
+
+def _passes_of_all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo) -> tuple[Proposal, ...]:
+    """Return the mask of each level, where each takes a pass of its own."""
+    prompts = [replace(prompt, granularity=Granularity(level)) for level in range(1, LEVELS + 1)]
     states: dict[Prompt, State] = {p: memo.get(p) for p in prompts}  # asked once: it may forget them meanwhile
     missing = [p for p, state in states.items() if state is None]
     for p, state in zip(missing, segmenter.steps(encoded, missing, [None] * len(missing)), strict=True):
         states[p] = memo[p] = state
-    answers = [segmenter.render(encoded, p, state) for p, state in states.items()]
-    ranked = sorted((answer.best for answer in answers), key=lambda proposal: -proposal.score)
-    stride = -(-max(encoded.height, encoded.width) // _COMPARED)
-    found = differing((proposal, proposal.mask[::stride, ::stride]) for proposal in ranked)[:proposals] or ranked[:1]
-    found.sort(key=lambda proposal: int(np.count_nonzero(proposal.mask)))
-    return Prediction(proposals=tuple(found), adapter=segmenter.adapter)
+    return tuple(segmenter.render(encoded, p, state).best for p, state in states.items())
 
 
 def differing(masks: Iterable[tuple[T, Mask]]) -> list[T]:

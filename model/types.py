@@ -22,6 +22,9 @@ MAX_CLICKS = 100
 MAX_PHRASE = 500
 """Characters a phrase may hold; more is a text, not the name of a thing."""
 
+LEVELS = 10
+"""Granularity levels: 0.1, 0.2 ... 1.0 of the whole."""
+
 
 class Refusal(ValueError):
     """We understood the request and decline; the message is for the person who made it."""
@@ -64,7 +67,7 @@ class Granularity:
     level: int  # 1 a small part ... 10 the whole object
 
     def __post_init__(self) -> None:
-        if not 1 <= self.level <= 10:
+        if not 1 <= self.level <= LEVELS:
             raise Refusal(
                 f"granularity level {self.level} is outside 1..10 (1 finest part, 10 whole object); "
                 "for a slider value such as 0.3 use Granularity.from_value(0.3)"

@@ -15,7 +15,6 @@ WINDOW = 224
 """Side of an attention window in pixels."""
 RADIUS = 5
 """Radius of a click's disk in pixels of the network's input."""
-LEVELS = 10
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)

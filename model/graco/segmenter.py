@@ -24,11 +24,11 @@ from torch.nn import functional as F
 
 from model.adapter import AdapterFile, read_adapter
 from model.geometry import FloatMap
-from model.graco.inputs import LEVELS, WINDOW, Architecture, LowRank, click_disks, normalise, row_of
+from model.graco.inputs import WINDOW, Architecture, LowRank, click_disks, normalise, row_of
 from model.graco.runtime import Runtime, make_runtime
 from model.graco.weights import LEVEL, LEVEL_EMBEDDING, PHRASE, PHRASE_BIAS, PHRASE_WEIGHT, RANK, read_base
 from model.segmenter import Device, Encoded, Speed, digest_of_file, pick_device
-from model.types import Click, Mask, Prediction, Prompt, Proposal, Refusal, RGBImage
+from model.types import LEVELS, Click, Mask, Prediction, Prompt, Proposal, Refusal, RGBImage
 
 THRESHOLD = 0.5
 """Probability over which a pixel is in the mask."""

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.adapter import AdapterFile
-from model.graco.inputs import LEVELS, RADIUS, WINDOW, Architecture
-from model.types import Refusal
+from model.graco.inputs import RADIUS, WINDOW, Architecture
+from model.types import LEVELS, Refusal
 
 LEVEL, PHRASE = "level", "phrase"
 """Branches of an adapter: which signal's LoRA is on; never both."""

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.light.network import CHANNELS, GRID, SIDE, MaskDecoder, Mlp
+from model.types import LEVELS
 
-LEVELS = 10
-"""Granularity embeddings: 0.1, 0.2 ... 1.0 of the whole."""
 CELL = SIDE // GRID
 """Pixels of the square along one side of a cell of the embedding."""
 LOGITS_PER_CELL = 4
@@ -126,6 +125,11 @@ def cells(height: int, width: int) -> tuple[int, int]:
     (43, 64)
     """
     return -(-height // CELL), -(-width // CELL)
+
+
+def nested(logits: Tensor) -> Tensor:
+    """Return logits of levels, B, L, rows, columns, with each mask held inside the next one; the last stays."""
+    return logits.flip(1).cummin(dim=1).values.flip(1)
 
 
 def fill_square(logits: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from model.geometry import Fit, FloatMap, clip_box
 from model.light.adapter import LadderAdapter, load_ladder
 from model.light.encoder import EncoderRuntime, make_encoder
-from model.light.ladder import LEVELS, cells, fill_square
+from model.light.ladder import cells, fill_square, nested
 from model.light.network import (
     BOX_BOTTOM_RIGHT,
     BOX_TOP_LEFT,
@@ -37,7 +37,7 @@ from model.light.network import (
 )
 from model.light.weights import MASK_DECODER, PROMPT_ENCODER, load_part
 from model.segmenter import Device, Encoded, EncoderChoice, differing, digest_of, pick_device, read_weights
-from model.types import Click, Granularity, Prediction, Prompt, Proposal, Refusal, RGBImage
+from model.types import LEVELS, Click, Granularity, Prediction, Prompt, Proposal, Refusal, RGBImage
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ class LightSegmenter:
             points = self._prompt_encoder.points(xy.to(self._device), kinds.to(self._device))
             image = embedding + self._prompt_encoder.dense(previous)
             if self._adapter is not None and (prompt.granularity is not None or prompt.phrase is not None):
-                return self._climb(self._adapter, image, points, prompt.phrase, fit)
+                return self._climb(self._adapter, image, points, prompt.phrase, fit, first=state is None)
             logits, scores = self._mask_decoder(image, self._grid, points)
         values = logits[0].float().cpu().numpy()
         height, width = _filled(fit, values.shape[1])
@@ -256,33 +256,36 @@ class LightSegmenter:
         return [self.step(encoded, prompt, state) for prompt, state in zip(prompts, states, strict=True)]
 
     def _climb(
-        self, adapter: LadderAdapter, image: Tensor, points: Tensor, phrase: str | None, fit: Fit
+        self, adapter: LadderAdapter, image: Tensor, points: Tensor, phrase: str | None, fit: Fit, *, first: bool
     ) -> LadderState:
         rows, columns = cells(*fit.resized)
         image, position = image[..., :rows, :columns], self._grid[..., :rows, :columns]
         ladder = adapter.answer(image, position, points, phrase)
-        logits = fill_square(ladder.logits.float())[0].half().cpu().numpy()
+        answers = ladder.logits.float()
+        if first:
+            answers[:, :LEVELS] = nested(answers[:, :LEVELS])
+        logits = fill_square(answers)[0].half().cpu().numpy()
         return LadderState(logits, tuple(float(s) for s in ladder.scores[0].sigmoid()))
 
     def render(
         self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState, *, proposals: int = 1
     ) -> Prediction:
-        """Return the chosen mask; with no level perhaps several: a ladder small to large, or the base's, best first."""
+        """Return the chosen mask; with no level perhaps several, best first: the ladder's, or the base's."""
         fit = Fit(encoded.height, encoded.width, SIDE)
         tokens: dict[int, Granularity | None]
-        whole_ladder = isinstance(state, LadderState) and prompt.granularity is None and prompt.phrase is None
         if isinstance(state, LadderState):
-            if whole_ladder:
-                tokens = {level: Granularity(level + 1) for level in state.ladder(fit) or [LEVELS - 1]}
+            if prompt.granularity is None and prompt.phrase is None:
+                levels = (state.ladder(fit) or [LEVELS - 1])[:proposals]
+                tokens = {level: Granularity(level + 1) for level in levels}
             else:
                 tokens = {state.token(prompt): prompt.granularity}
         else:
             chosen = state.token(prompt)
             tokens = {chosen: prompt.granularity}
             if proposals > 1 and prompt.granularity is None and chosen != _SINGLE:
-                levels = dict(zip(state.by_area, _RANK_LEVELS, strict=True))
+                ranks = dict(zip(state.by_area, _RANK_LEVELS, strict=True))
                 ranked = sorted(_MULTI, key=lambda token: -state.scores[token])
-                tokens = {token: levels[token] for token in ranked[:proposals]}
+                tokens = {token: ranks[token] for token in ranked[:proposals]}
         found = [
             Proposal(
                 mask=fit.paste_back(np.asarray(state.logits[token], np.float32)) > 0,
@@ -291,11 +294,6 @@ class LightSegmenter:
             )
             for token, granularity in tokens.items()
         ]
-        if whole_ladder:  # masks of a few logits may be alike at the image's size only
-            stride = -(-max(fit.height, fit.width) // SIDE)  # comparing ten masks of a large image takes a second
-            compared = [(proposal, proposal.mask[::stride, ::stride]) for proposal in found]
-            found = differing(compared)[:proposals] or found[:1]
-            found.sort(key=lambda proposal: int(np.count_nonzero(proposal.mask)))
         return Prediction(
             proposals=tuple(found),
             adapter=self.adapter if isinstance(state, LadderState) else None,

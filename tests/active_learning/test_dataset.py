@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, View, embedding_id, photos_of, soft_levels
 from model.annotations import encode, read_annotations
-from model.light.ladder import LEVELS
 from model.metrics import iou
-from model.types import Refusal
+from model.types import LEVELS, Refusal
 from tests.active_learning.drawn import BLUE, HEIGHT, WIDTH, strip, strip_masks, write_strip
 from tests.model.drawn_set import Painter, write_set
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from model.geometry import Fit
-from model.light.ladder import LEVELS, LOGITS_PER_CELL, LadderDecoder, _between, cells, fill_square
+from model.light.ladder import LOGITS_PER_CELL, LadderDecoder, _between, cells, fill_square
 from model.light.network import CHANNELS, GRID, POINT_PADDING, POINT_POSITIVE, SIDE
+from model.types import LEVELS
 
 WIDTH = 5  # of a phrase's vector
 

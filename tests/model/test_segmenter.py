@@ -183,7 +183,7 @@ def test_a_level_is_answered_by_the_adapter_with_one_mask_that_says_it(ladder, e
         assert ladder.adapter.startswith("light-granularity-")
 
 
-def test_all_levels_of_one_click_differ_and_go_from_small_to_large(ladder, encoded):
+def test_all_levels_of_one_click_differ_and_go_from_small_to_large(segmenter, ladder, encoded):
     for x, y in ((200, 220), (490, 300), (540, 250)):
         prompt = Prompt(clicks=(Click(x=x, y=y, positive=True),))
         found = predict(ladder, encoded, prompt, proposals=10)
@@ -192,22 +192,48 @@ def test_all_levels_of_one_click_differ_and_go_from_small_to_large(ladder, encod
         for one, other in itertools.combinations(found.proposals, 2):
             assert iou(one.mask, other.mask) < 0.9
         assert found.best.score == max(p.score for p in found.proposals)
+        base = [p.mask for p in predict(segmenter, encoded, prompt, proposals=3).proposals]
         for p in found.proposals:
             asked = Prompt(clicks=prompt.clicks, granularity=p.granularity)
-            assert np.array_equal(predict(ladder, encoded, asked).best.mask, p.mask)
+            of_level = predict(ladder, encoded, asked).best.mask
+            assert any(np.array_equal(p.mask, mask) for mask in (of_level, *base))
         few = predict(ladder, encoded, prompt, proposals=2).proposals
         assert len(few) == min(2, len(areas))
 
 
-def test_one_step_answers_every_level_of_the_first_click(ladder, encoded, monkeypatch):
+def test_all_levels_leave_out_no_mask_of_the_base_and_say_where_it_stands(segmenter, ladder, encoded):
+    for x, y in ((200, 220), (490, 300), (540, 250), (20, 20), (600, 460)):
+        prompt = Prompt(clicks=(Click(x=x, y=y, positive=True),))
+        found = predict(ladder, encoded, prompt, proposals=10).proposals
+        for mask in (p.mask for p in predict(segmenter, encoded, prompt, proposals=3).proposals if p.mask.any()):
+            assert max(iou(mask, p.mask) for p in found) > 0.84
+        levels = [p.granularity.level for p in found]
+        assert levels == sorted(levels)
+
+
+def test_each_level_of_a_first_click_lies_in_the_next(ladder, encoded):
+    for x, y in ((200, 220), (490, 300), (540, 250), (20, 20), (320, 400)):
+        clicks = (Click(x=x, y=y, positive=True),)
+        masks = [
+            predict(ladder, encoded, Prompt(clicks=clicks, granularity=Granularity(level))).best.mask
+            for level in range(1, 11)
+        ]
+        for smaller, larger in itertools.pairwise(masks):
+            assert not (smaller & ~larger).any()
+
+
+def test_one_step_answers_every_level_of_the_first_click_and_one_more_what_the_base_offers(
+    ladder, encoded, monkeypatch
+):
     steps = []
     original = LightSegmenter.step
     monkeypatch.setattr(LightSegmenter, "step", lambda *a: steps.append(1) or original(*a))
     memo: dict = {}
     for level in range(1, 11):
         predict(ladder, encoded, Prompt(clicks=on_disc().clicks, granularity=Granularity(level)), memo=memo)
-    predict(ladder, encoded, on_disc(), memo=memo, proposals=10)
     assert len(steps) == 1
+    predict(ladder, encoded, on_disc(), memo=memo, proposals=10)
+    assert len(steps) == 2
 
 
 def test_a_warm_memo_gives_the_answer_of_a_cold_one_with_levels_and_phrases(ladder, encoded, name):

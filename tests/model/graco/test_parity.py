@@ -9,11 +9,11 @@ import torch
 
 from model.adapter import write_adapter
 from model.graco import weights
-from model.graco.inputs import LEVELS, click_disks, normalise, row_of
+from model.graco.inputs import click_disks, normalise, row_of
 from model.graco.segmenter import GracoSegmenter
 from model.graco.weights import LEVEL, PHRASE
 from model.segmenter import digest_of
-from model.types import Click, Granularity, Prompt
+from model.types import LEVELS, Click, Granularity, Prompt
 from tests.model.graco.synthetic import CASES, parity_file, published_adapter, synthetic_base
 
 pytestmark = pytest.mark.parity

@@ -94,7 +94,7 @@ def test_with_a_memo_each_further_click_is_one_pass_of_the_image_and_its_mirror_
     assert passes == [2, 2, 2]
     passes.clear()
     predict(adapted, encoded, Prompt(clicks=THREE[:1]), proposals=10)
-    assert passes == [20], "all levels in one pass"
+    assert passes == [20, 2], "all levels in one pass, and what the base says"
 
 
 class Forgetful(dict):

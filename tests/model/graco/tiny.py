@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from model.adapter import write_adapter
-from model.graco.inputs import LEVELS, Architecture
+from model.graco.inputs import Architecture
 from model.graco.network import SimpleClick
 from model.graco.weights import ALPHA, LEVEL, LEVEL_EMBEDDING, PHRASE, PHRASE_BIAS, PHRASE_WEIGHT, RANK, write_base
 from model.segmenter import digest_of
+from model.types import LEVELS
 
 TINY = Architecture(
     **{"name": "vit_32x4", "width": 32, "depth": 4, "heads": 2, "patch": 16, "size": 224},
