@@ -38,7 +38,7 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.timeouts import JobTimeoutException
 
-from ml_backend import logs, metrics
+from ml_backend import heap, logs, metrics
 from ml_backend.answers import Answer
 from ml_backend.images import TaskImage
 from ml_backend.inbox import Inbox
@@ -347,11 +347,14 @@ def _enqueue(
 
 
 class _Worker(SimpleWorker):
-    """Has the lines of a job carry the id of the request that it comes from."""
+    """Has the lines of a job carry the id of the request that it comes from, and keeps no memory of a job's."""
 
     def perform_job(self, job: Job, queue: Queue, execution: Execution) -> bool:
-        with logs.carrying(str(job.meta.get("request", "-"))):
-            return super().perform_job(job, queue, execution)
+        try:
+            with logs.carrying(str(job.meta.get("request", "-"))):
+                return super().perform_job(job, queue, execution)
+        finally:
+            heap.give_back()
 
 
 def _digest(value: object) -> str:

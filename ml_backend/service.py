@@ -7,7 +7,6 @@ the full prompt.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import threading
@@ -19,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 from active_learning.registry import AdapterRegistry
-from ml_backend import metrics
+from ml_backend import heap, metrics
 from ml_backend.answers import AnswerStore
 from ml_backend.embeddings import EmbeddingCache
 from ml_backend.families import adapter_file, base_of, configured_version, load_model
@@ -42,23 +41,6 @@ _WARM_QUEUE = 64  # images waiting to be encoded in the background
 _LOAD_LIMIT_S = 90  # Label Studio gives up a prediction after 100 s
 
 V = TypeVar("V")
-
-
-def _give_back_memory() -> None:
-    """Have glibc return what an image's decoding and encoding left behind; else threads' heaps only ever grow."""
-    if _TRIM is not None:
-        _TRIM(0)
-
-
-def _find_trim() -> Callable[[int], int] | None:
-    try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # no glibc
-        return None
-    return trim
-
-
-_TRIM = _find_trim()
 
 
 class BoundedCache(Generic[V]):
@@ -334,7 +316,7 @@ class Service:
             def encode() -> Encoded:
                 with timed("encode"):
                     encoded = segmenter.encode(loaded.pixels)
-                _give_back_memory()
+                heap.give_back()
                 return encoded
 
             return cache.get_or_encode(loaded.id, encode), ImageInfo(loaded.id, loaded.width, loaded.height)

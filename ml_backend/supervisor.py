@@ -32,6 +32,7 @@ _HEAP = {  # glibc: one heap for all threads, large arrays given back; 0.4 GB le
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20),
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MKL_DISABLE_FAST_MM": "1",  # else each thread that ever answered a click keeps 8 MB of buffers
 }
 
 _TRAINING_HEAP = {  # glibc: nothing given back between steps; a step is some three times faster so

