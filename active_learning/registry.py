@@ -32,6 +32,7 @@ from types import EllipsisType
 from typing import Any
 
 from active_learning.folders import draft_folder, sync
+from active_learning.lines import is_line
 from model.adapter import read_adapter
 from model.segmenter import digest_of, digest_of_file, read_weights
 from model.types import Refusal
@@ -39,8 +40,6 @@ from model.types import Refusal
 log = logging.getLogger(__name__)
 
 ADAPTER, CARD, ACTIVE, HISTORY = "adapter.safetensors", "card.json", "ACTIVE", "history.jsonl"
-SHARED = "shared"
-_LINE = re.compile(r"shared|project-[0-9]{1,19}")
 _VERSION = re.compile(r"v([0-9]{4,9})-[0-9a-f]{8}")
 _PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.(png|jpg|svg|json)")
 _LARGEST = {ADAPTER: 512 * 2**20, CARD: 2**20}  # bytes read of an archive's member
@@ -69,29 +68,6 @@ class AdapterVersion:
 _FIELDS = frozenset(field.name for field in fields(AdapterVersion))
 
 
-def line_of(project: int | str) -> str:
-    """Return the line of a project.
-
-    >>> line_of(7)
-    'project-7'
-    """
-    return f"project-{project}"
-
-
-def project_of(line: str) -> str | None:
-    """Return the project of a line; None: all of them.
-
-    >>> project_of("project-3"), project_of("shared")
-    ('3', None)
-    """
-    return None if line == SHARED else line.removeprefix("project-")
-
-
-def is_line(text: str) -> bool:
-    """Whether this may name a line; of what a line is named after nothing else reaches a path."""
-    return _LINE.fullmatch(text) is not None
-
-
 class AdapterRegistry:
     """The versions of all lines; any number of processes may read and write."""
 
@@ -106,7 +82,7 @@ class AdapterRegistry:
             names = [entry.name for entry in os.scandir(self._folder) if entry.is_dir()]
         except FileNotFoundError:
             return []
-        return sorted((name for name in names if _LINE.fullmatch(name)), key=lambda name: (len(name), name))
+        return sorted((name for name in names if is_line(name)), key=lambda name: (len(name), name))
 
     def versions(self, line: str) -> list[AdapterVersion]:
         """Return the versions of a line, oldest first; one whose card cannot be read is left out, and logged."""
@@ -347,7 +323,7 @@ class AdapterRegistry:
             )
 
     def _line_folder(self, line: str) -> Path:
-        if not _LINE.fullmatch(line):
+        if not is_line(line):
             raise Refusal(f"{line!r} is no line; name shared, or project-<id> such as project-7")
         return self._folder / line
 

@@ -239,10 +239,11 @@ def health(
     from ml_backend.health_command import ask_health, ask_worker
 
     settings = read_settings()
-    reasons = ask_worker(settings) if of_worker else ask_health(settings, ready=ready)
-    for reason in reasons:
-        typer.secho(reason, fg="red", err=True)
-    raise typer.Exit(1 if reasons else 0)
+    told = ask_worker(settings) if of_worker else ask_health(settings, ready=ready)
+    for sentences, colour in ((told.reasons, "red"), (told.notes, "yellow")):
+        for sentence in sentences:
+            typer.secho(sentence, fg=colour, err=True)
+    raise typer.Exit(1 if told.reasons else 0)
 
 
 @app.command("connect")

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from active_learning.lines import line_of
 from ml_backend.command_line import refusing
 from ml_backend.settings import Settings
 from ml_backend.version_facts import VERDICTS, made_at, numbers_in, shown, side_by_side, why_rejected
@@ -145,8 +146,6 @@ def _refusing(context: typer.Context) -> Iterator[AdapterRegistry]:
 
 
 def _line(text: str) -> str:
-    from active_learning.registry import line_of
-
     return line_of(int(text)) if text.isascii() and text.isdigit() else text
 
 

@@ -21,6 +21,7 @@ from ml_backend.admin_common import FILTERS, Answer, known_lines, show_at, telli
 from ml_backend.admin_corrections import add_corrections
 from ml_backend.admin_training import add_trainings
 from ml_backend.admin_versions import add_versions
+from ml_backend.readiness import why_no_corrections, why_no_trainings
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from model.types import Refusal
@@ -45,6 +46,7 @@ def make_admin(service: Service) -> Blueprint:
     @admin.get("", strict_slashes=False)
     def overview() -> Answer:
         checks.renew()
+        redis = queues.look(settings.redis_url)
         return render_template(
             "admin/overview.html",
             service=service,
@@ -52,7 +54,8 @@ def make_admin(service: Service) -> Blueprint:
             served=_served(service),
             checks=checks.last(),
             checking=checks.running,
-            redis=queues.look(settings.redis_url),
+            redis=redis,
+            missing=why_no_corrections(redis) + why_no_trainings(redis),
             events=service.inbox.counts(),
             failures=service.inbox.failures()[:20],
             disks=_disks(settings),

@@ -13,7 +13,7 @@ from flask import abort, flash, redirect, request, url_for
 from flask.typing import ResponseReturnValue
 
 from active_learning.corrections import CorrectionStore
-from active_learning.registry import SHARED, is_line, line_of
+from active_learning.lines import SHARED, is_line, line_of
 from active_learning.status import lines_in
 from ml_backend.service import Service
 from ml_backend.settings import Settings

@@ -23,7 +23,8 @@ from ml_backend.label_config import read_config
 from ml_backend.label_studio import empty_answer
 from ml_backend.limits import check_size
 from ml_backend.predictions import predict_tasks
-from ml_backend.readiness import why_no_clicks, why_no_corrections
+from ml_backend.queues import look
+from ml_backend.readiness import why_no_clicks, why_no_corrections, why_no_trainings
 from ml_backend.schemas import Schemas
 from ml_backend.service import Service, timed
 from ml_backend.state import read_state
@@ -184,10 +185,12 @@ def create_app(service: Service) -> Flask:
         body |= {"warning": " | ".join(service.warnings)} if service.warnings else {}
         if (asked := request.args.get("ready")) is None:
             return _json(body)
-        reasons = why_no_clicks(service)  # ?ready=model ends here: for balancers, since clicks need nothing else
-        if asked != "model":
-            reasons += why_no_corrections(service.settings.redis_url)
-        return _json(body | {"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+        reasons, notes, url = why_no_clicks(service), [], service.settings.redis_url
+        if asked != "model" and url is not None:  # model: for balancers, since clicks need nothing else
+            found = look(url)
+            reasons += why_no_corrections(found)
+            notes += why_no_trainings(found)
+        return _json(body | {"ready": not reasons, "reasons": reasons, "notes": notes}, 503 if reasons else 200)
 
     @app.post("/setup")
     def setup() -> Response:
@@ -263,10 +266,10 @@ def create_app(service: Service) -> Flask:
 
     @app.errorhandler(RequestEntityTooLarge)
     def too_large(_: RequestEntityTooLarge) -> Response:
+        if auth.is_admins(request.path):
+            return auth.say(413, f"the form is larger than {auth.ADMIN_BODY // 2**20} MB, the most that is taken here")
         limit = service.settings.request_max_mb
-        sentence = f"the request is larger than {limit} MB; raise GRACO_REQUEST_MAX_MB to allow it"
-        log.warning("%s refused: %s", _route(), sentence)
-        return _json({"error": sentence}, 413)
+        return auth.say(413, f"the request is larger than {limit} MB; raise GRACO_REQUEST_MAX_MB to allow it")
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:

@@ -25,6 +25,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from ml_backend.credentials import CONNECT, SECRET_HEADER, Secrets, open_secrets
 from ml_backend.limits import Limits
 from ml_backend.service import BoundedCache, Service
+from ml_backend.sessions import EndedSessions, new_id
 from ml_backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -33,10 +34,15 @@ ADMIN = "admin"
 """User of the admin's basic auth."""
 OPEN = frozenset({"health", "auth.form", "auth.log_in", "admin.static"})
 """Endpoints that need no credentials."""
+SESSION_COOKIE = "graco_admin"
+"""Carries the admin's session."""
+ADMIN_BODY = 2**20
+"""Bytes of a request below /admin at most."""
+CSRF_HEADER = "X-CSRF-Token"
+"""Carries the token of a form, where its field csrf_token does not."""
 
 _SESSION = timedelta(hours=12)
 _TRUSTED = 1000  # addresses remembered for having given what is right
-_ADMIN_BODY = 2**20  # bytes
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _ADMIN_PATH = re.compile(r"/admin(/[\w./-]*)?(\?[\w.=&%+-]*)?")
 
@@ -82,7 +88,7 @@ def install(app: Flask, service: Service) -> None:
     app.secret_key = found.session_secret
     app.session_interface = _Sessions()
     app.config |= {
-        "SESSION_COOKIE_NAME": "graco_admin",
+        "SESSION_COOKIE_NAME": SESSION_COOKIE,
         "SESSION_COOKIE_SAMESITE": "Strict",
         "SESSION_COOKIE_HTTPONLY": True,
         "PERMANENT_SESSION_LIFETIME": _SESSION,
@@ -102,7 +108,8 @@ def _same(given: str | None, wanted: str) -> bool:
     return hmac.compare_digest((given or "").encode(errors="backslashreplace"), wanted.encode())
 
 
-def _is_admins(path: str) -> bool:
+def is_admins(path: str) -> bool:
+    """Whether a path is of the admin's pages."""
     return path == "/admin" or path.startswith("/admin/")
 
 
@@ -126,6 +133,7 @@ class _Guard:
         self._trusted: BoundedCache[bool] = BoundedCache(_TRUSTED)  # (address, kind) that gave what is right before
         mark = hmac.digest(known.session_secret.encode(), known.admin_password.encode(), hashlib.sha256)
         self._mark = mark.hex()  # of a session opened with today's password
+        self._ended = EndedSessions(settings.shared / "sessions", _SESSION.total_seconds())
 
     def check(self) -> Response | None:
         """Return what to say instead of answering the request; None: it may be answered."""
@@ -133,17 +141,17 @@ class _Guard:
             return None
         if wait_s := self._limits.count_request(_address()):
             return _later(wait_s, "too many requests from this address; see GRACO_REQUESTS_PER_MINUTE")
-        admins = _is_admins(request.path)
+        admins = is_admins(request.path)
         if admins:
-            request.max_content_length = _ADMIN_BODY
+            request.max_content_length = ADMIN_BODY
         if self._on and request.endpoint not in OPEN:
             refused = self._refuse_admins() if admins else self._refuse_others()
             if refused is not None:
                 return refused
         if admins and request.method not in _SAFE_METHODS:
-            given = request.headers.get("X-CSRF-Token") or request.form.get("csrf_token")
+            given = request.headers.get(CSRF_HEADER) or request.form.get("csrf_token")
             if not ("csrf" in session and _same(given, csrf_token())):
-                return _say(403, "this form is out of date; go back, reload the page and try again")
+                return say(403, "this form is out of date; go back, reload the page and try again")
         return None
 
     def log_in(self, password: str) -> Response | None:
@@ -159,13 +167,23 @@ class _Guard:
         session.permanent = True
         session["admin"] = self._mark
         session["since"] = time.time()
+        session["id"] = new_id()
         return None
 
+    def log_out(self) -> None:
+        """End the session for whoever has a copy of its cookie, too.
+
+        Raises:
+            OSError: that could not be written down; the session goes on.
+        """
+        if "id" in session:
+            self._ended.end(session["id"])
+        session.clear()
+
     def _refuse_admins(self) -> Response | None:
-        lasts = (
-            time.time() - session.get("since", 0.0) < _SESSION.total_seconds()
-        )  # a cookie is renewed with each answer
-        if lasts and _same(session.get("admin"), self._mark):
+        lasts_s = _SESSION.total_seconds() - (time.time() - session.get("since", 0.0))  # a cookie is renewed
+        opened = lasts_s > 0 and "id" in session and _same(session.get("admin"), self._mark)
+        if opened and session["id"] not in self._ended:
             return None
         basic = _basic()
         if basic is not None:
@@ -218,22 +236,23 @@ class _Guard:
         return refuse()
 
 
-def _say(status: int, sentence: str) -> Response:
+def say(status: int, sentence: str) -> Response:
+    """Log why a request is declined, and return the answer: a page for a browser on the admin's pages, else JSON."""
     rule = request.url_rule.rule if request.url_rule else "unknown"  # a path may hold anything
     log.warning("%s refused: %s", rule, sentence)
-    if _is_admins(request.path) and "text/html" in request.headers.get("Accept", ""):
+    if is_admins(request.path) and "text/html" in request.headers.get("Accept", ""):
         return Response(render_template("admin/error.html", title="That was not done", said=sentence), status)
     return Response(msgspec.json.encode({"error": sentence}), status, content_type="application/json")
 
 
 def _challenge(sentence: str, realm: str = "GraCo") -> Response:
-    answer = _say(401, sentence)
+    answer = say(401, sentence)
     answer.headers["WWW-Authenticate"] = f'Basic realm="{realm}", charset="UTF-8"'
     return answer
 
 
 def _later(wait_s: int, sentence: str) -> Response:
-    answer = _say(429, sentence)
+    answer = say(429, sentence)
     answer.headers["Retry-After"] = str(wait_s)
     return answer
 
@@ -241,7 +260,7 @@ def _later(wait_s: int, sentence: str) -> Response:
 def _harden(response: Response) -> Response:
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)
-    response.headers.setdefault("Content-Security-Policy", _ADMIN_PAGE if _is_admins(request.path) else _NOTHING)
+    response.headers.setdefault("Content-Security-Policy", _ADMIN_PAGE if is_admins(request.path) else _NOTHING)
     if request.endpoint != "admin.static":
         response.headers.setdefault("Cache-Control", "no-store")
     return response
@@ -261,7 +280,11 @@ def _login_pages(guard: _Guard) -> Blueprint:
 
     @pages.post("/logout")
     def log_out() -> Response:
-        session.clear()
+        try:
+            guard.log_out()
+        except OSError as error:
+            log.error("a session of the admin page could not be ended: %s", error)
+            return say(503, "the session could not be ended, since the disk cannot be written; make room and try again")
         return _to("/admin/login")
 
     return pages

@@ -23,7 +23,8 @@ import numpy as np
 from active_learning.corrections import CorrectionStore, Snapshot, held_out
 from active_learning.folders import write_whole
 from active_learning.images import ImageStore
-from active_learning.registry import AdapterRegistry, project_of
+from active_learning.lines import project_of
+from active_learning.registry import AdapterRegistry
 from active_learning.scores import ObjectCurve, Paired, compare, paired
 from ml_backend.service import Service
 from model.types import Refusal

@@ -33,7 +33,8 @@ from rich.text import Text
 from rq import Queue, Worker
 from rq.serializers import JSONSerializer
 
-from active_learning.registry import SHARED
+from active_learning.lines import SHARED
+from ml_backend import queues
 from ml_backend.connect import SSRF as _SSRF
 from ml_backend.credentials import SECRET_HEADER, known_secrets, secrets_file
 from ml_backend.families import LIGHT, adapter_file, base_of, clip_folder, configured_version, load_model
@@ -42,6 +43,7 @@ from ml_backend.images import decode_image
 from ml_backend.jobs import ENCODE, connect
 from ml_backend.label_config import check_config, read_config
 from ml_backend.label_studio import read_batch
+from ml_backend.readiness import why_no_trainings
 from ml_backend.service import open_registry, serving_version
 from ml_backend.serving import lines_of
 from ml_backend.settings import Settings
@@ -371,6 +373,7 @@ def _redis(settings: Settings) -> Iterator[Check]:
             version = connection.info("server").get("redis_version", "of unknown version")
             yield Check("Redis", "ok", f"{_shown(url)} answers, version {version}")
             yield from _guarded("encode worker", _worker, settings, connection, url)
+            yield from _guarded("trainer", _trainer, settings, url)
     except (redis.RedisError, ValueError, OSError) as error:
         if settings.redis_url is None:
             seen = "the bundled server does not run, so imports are not encoded ahead"
@@ -401,6 +404,16 @@ def _worker(settings: Settings, connection: redis.Redis, url: str) -> Iterator[C
         why = line.partition("model.types.Refusal: ")[2] or line.partition(":")[0]  # other messages may hold anything
         remedy = f'mend that, then: rq requeue --all --queue {ENCODE} -S json -u "{where}"'
         yield Check("failed jobs", "warning", f"{len(failed)} of {ENCODE!r}, the last one: {why}", remedy)
+
+
+def _trainer(settings: Settings, url: str) -> Iterator[Check]:
+    missing = why_no_trainings(queues.look(url))
+    if not missing:
+        yield Check("trainer", "ok", "one has reported lately")
+        return
+    where = ", on the machine that keeps the ledger" if settings.ledger == "elsewhere" else ""
+    remedy = f"python -m ml_backend trainer{where} (make run starts one by itself)"
+    yield Check("trainer", "warning", missing[0].partition(";")[0], remedy)
 
 
 def _local(settings: Settings) -> str:

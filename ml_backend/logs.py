@@ -1,7 +1,8 @@
 """Log lines for people, or as JSON for machines, each with the request it belongs to; never bodies, tokens, pixels.
 
 Whoever logs leaves those out. As a second wall every line loses the passwords and queries of the addresses in it, and
-the secrets of the settings, so that an error's text from elsewhere does not carry them either.
+the secrets of the settings, so that an error's text from elsewhere does not carry them either. What does not print is
+escaped: no value of a request begins a line of its own, or steers a terminal.
 """
 
 from __future__ import annotations
@@ -67,6 +68,17 @@ def redact(text: str) -> str:
     return _QUERY.sub(r"\1?***", _CREDENTIALS.sub(r"\1***@", text))
 
 
+def _printable(text: str) -> str:
+    r"""Return `text` with the signs that do not print escaped, line breaks first of all.
+
+    >>> print(_printable("project 3\n12:00:00 INFO \x1b[2Jall is well\u202e"))
+    project 3\n12:00:00 INFO \x1b[2Jall is well\u202e
+    """
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 class _WithRequest(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.request_id = request_id.get()
@@ -81,8 +93,12 @@ class PlainFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)-7s %(name)s [%(request_id)s] %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, and the lines of a traceback."""
-        return redact(super().format(record))
+        """Return the line, and below it, indented, those of a traceback."""
+        record.message, record.asctime = record.getMessage(), self.formatTime(record, self.datefmt)
+        lines = [_printable(redact(self.formatMessage(record)))]
+        if record.exc_info:
+            lines += [f"  {_printable(line)}" for line in redact(self.formatException(record.exc_info)).splitlines()]
+        return "\n".join(lines)
 
 
 class JsonFormatter(logging.Formatter):
@@ -101,7 +117,10 @@ class JsonFormatter(logging.Formatter):
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["traceback"] = redact(self.formatException(record.exc_info))
-        return json.dumps(line, ensure_ascii=False)
+        text = json.dumps(line, ensure_ascii=False)  # escapes line breaks, but not all that readers take for one
+        if text.isprintable():
+            return text
+        return "".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in text)
 
 
 def configure(level: str, *, as_json: bool) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 import msgspec
 from werkzeug.routing import Map, Rule
 
+from ml_backend.auth import CSRF_HEADER, SESSION_COOKIE
+from ml_backend.credentials import SECRET_HEADER
+
 Document = dict[str, Any]
 
 _ABOUT = {
@@ -25,6 +28,8 @@ _ABOUT = {
     "/versions": "The versions that may answer a project",
     "/metrics": "Figures for Prometheus",
     "/openapi.json": "This description",
+    "/admin/login": "The admin's login form; with the right password it opens a session",
+    "/admin/logout": "End the admin's session, for whoever has a copy of its cookie, too",
 }
 _QUERY: dict[str, Document] = {
     "/health": {"ready": {"type": "string", "enum": ["1", "model"]}},
@@ -32,7 +37,22 @@ _QUERY: dict[str, Document] = {
 }
 _TEXT = {"/metrics": "text/plain"}
 _CREATED = ("/webhook", "/train")
-_OPEN = ("/health",)
+_OPEN = ("/health", "/admin/login")
+_SCHEMES: Document = {
+    "basic": {"type": "http", "scheme": "basic", "description": "Label Studio's user and password, or the admin's"},
+    "webhook": {"type": "apiKey", "in": "header", "name": SECRET_HEADER, "description": "of Label Studio's webhooks"},
+    "session": {"type": "apiKey", "in": "cookie", "name": SESSION_COOKIE, "description": "begun by the login form"},
+    "form": {"type": "apiKey", "in": "header", "name": CSRF_HEADER, "description": "or the field csrf_token of a form"},
+}
+_LOGIN: Document = {
+    "type": "object",
+    "properties": {
+        "password": {"type": "string", "format": "password"},
+        "csrf_token": {"type": "string", "description": "as the form has it"},
+        "next": {"type": "string", "description": "the admin's page to go to"},
+    },
+    "required": ["password"],
+}
 _PLACE = re.compile(r"<(?:(?P<kind>[a-z]+)(?:\([^)]*\))?:)?(?P<name>\w+)>")
 _KINDS = {"int": {"type": "integer", "minimum": 0}, "float": {"type": "number"}}
 _PROBLEM = {
@@ -73,7 +93,7 @@ def describe(rules: Map, views: Mapping[str, Callable[..., Any]], bodies: Mappin
         "paths": paths,
         "components": {
             "schemas": {**components, "Problem": _PROBLEM},
-            "securitySchemes": {"basic": {"type": "http", "scheme": "basic"}},
+            "securitySchemes": _SCHEMES,
         },
     }
 
@@ -87,7 +107,7 @@ def _operation(rule: Rule, method: str, view: Callable[..., Any], body: Document
         "operationId": f"{method.lower()}_{re.sub(r'[^A-Za-z0-9]+', '_', rule.endpoint)}",
         "summary": said,
         "responses": {
-            "201" if rule.rule in _CREATED else "200": {"description": "done", "content": answer},
+            _status(rule.rule, method): {"description": "done", "content": answer},
             "4XX": {"description": "declined, with a sentence on what to do", **problem},
             "5XX": {"description": "an error of our own, with the id under which the log has it", **problem},
         },
@@ -104,10 +124,32 @@ def _operation(rule: Rule, method: str, view: Callable[..., Any], body: Document
         operation["parameters"] = parameters
     if body is not None and method == "POST":
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
-    if rule.rule in _OPEN:
-        operation["security"] = []
+    if rule.rule == "/admin/login" and method == "POST":
+        form = {"application/x-www-form-urlencoded": {"schema": _LOGIN}}
+        operation["requestBody"] = {"required": True, "content": form}
+    if rule.rule == "/health":
         operation["responses"]["503"] = {"description": "not ready, with the reasons", "content": answer}
+    if (needs := _needs(rule.rule, method)) is not None:
+        operation["security"] = needs
     return operation
+
+
+def _needs(route: str, method: str) -> list[dict[str, list[str]]] | None:
+    """Return what opens a route, each of the list by itself; None: what opens all that are not named here."""
+    of_form: dict[str, list[str]] = {"form": []} if method != "GET" else {}
+    if route in _OPEN:
+        return [{"session": [], **of_form}] if of_form else []
+    if route == "/webhook":
+        return [{"webhook": []}, {"basic": []}]
+    if route.startswith("/admin"):
+        return [{"session": [], **of_form}, {"basic": [], **of_form}]
+    return None
+
+
+def _status(route: str, method: str) -> str:
+    if method != "GET" and route.startswith("/admin"):
+        return "303"
+    return "201" if route in _CREATED else "200"
 
 
 def _media(rule: Rule) -> str:

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from active_learning.registry import SHARED, AdapterRegistry, line_of
+from active_learning.lines import SHARED, line_of
+from active_learning.registry import AdapterRegistry
 from ml_backend import metrics
 from ml_backend.settings import Settings
 from model.segmenter import Segmenter

@@ -78,6 +78,7 @@ class Settings(BaseSettings):
     proxies: int = Field(0, ge=0, le=8, description="reverse proxies in front, whose X-Forwarded- headers are believed")
     requests_per_minute: int = Field(12_000, ge=0, description="requests answered to one address in a minute; 0: all")
     request_max_tasks: int = Field(5000, ge=1, description="tasks answered in one batch prediction")
+    request_time_s: float = Field(60, ge=1, description="longest time for the body of a request to arrive")
 
     family: Literal["light", "graco"] = Field(
         "light", description="model: light, the default, or graco: published SimpleClick and GraCo checkpoints"
@@ -149,7 +150,9 @@ class Settings(BaseSettings):
         "here", description="where corrections are kept: here, or by another machine's worker on the same Redis"
     )
     rq_dashboard_url: str | None = Field(
-        None, pattern=r"^(https?://|/)\S+$", description="where you run rq-dashboard; the admin page links to it"
+        None,
+        pattern=r"^(https?://\S+|/[^/\s]\S*)$",
+        description="where you run rq-dashboard; the admin page links to it",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="how much is logged")
     log_json: bool = Field(False, description="log lines as JSON instead of readable text")

@@ -94,9 +94,7 @@ def _redis(service: Service) -> Iterator[Metric]:
     oldest = GaugeMetricFamily(
         "graco_queue_oldest_seconds", "age of the oldest job that waits, by queue; 0: none", labels=["queue"]
     )
-    workers = GaugeMetricFamily(
-        "graco_workers", "workers that reported lately, by queue; of training only while one runs", labels=["queue"]
-    )
+    workers = GaugeMetricFamily("graco_workers", "workers that reported lately, by queue", labels=["queue"])
     for queue in found.queues:
         waiting.add_metric([queue.name], queue.waiting)
         failed.add_metric([queue.name], queue.failed)

@@ -88,7 +88,7 @@ def web_command(settings: Settings) -> list[str]:
             "--bind",
             f"{_bracketed(settings.host)}:{settings.port}",
             "--worker-class",
-            "ml_backend.gunicorn_settings.Worker",
+            "ml_backend.slow_clients.Worker",
         ),
         *("--threads", str(settings.threads), "--timeout", "120", "--graceful-timeout", "10", "--keep-alive", "30"),
         *("--log-level", "warning"),

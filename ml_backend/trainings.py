@@ -30,8 +30,11 @@ from rq.exceptions import DuplicateJobError, StopRequested
 from rq.executions import Execution
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
+from rq.worker import WorkerStatus
 
+from active_learning import lines
 from active_learning.corrections import CorrectionStore
+from active_learning.rules import When, due
 from active_learning.status import ENDED, TrainingFolder, TrainingStatus, lines_in
 from ml_backend import logs
 from ml_backend.settings import Settings
@@ -46,6 +49,7 @@ TRAINING = "training"
 _SPARE_S = 1800  # of a job beyond its training's own limit: encoding and judging
 _PR_SET_PDEATHSIG = 1
 _TICK_S = 2.0
+_WORKER_TTL_S = 45  # one that was killed is forgotten a minute after
 _DUE_S = 30.0  # between looks at the rules
 _BEGINS_S = 60.0  # from a job's start until it has locked its line
 _MOST_ATTEMPTS = 40  # processes that were killed
@@ -58,9 +62,7 @@ _LONGEST_PAUSE_S = 3.0  # of one step
 
 def line_of(settings: Settings, project: str | int) -> str:
     """Return the line of adapters that a project's corrections train."""
-    from active_learning import registry
-
-    return registry.line_of(project) if settings.adapter_line == "project" else registry.SHARED
+    return lines.line_of(project) if settings.adapter_line == "project" else lines.SHARED
 
 
 def folder_of(settings: Settings, line: str) -> TrainingFolder:
@@ -132,8 +134,6 @@ def _enqueue(settings: Settings, queue: Queue, line: str, job_id: str) -> None:
 
 def ask_when_due(settings: Settings, store: CorrectionStore, *, now_s: float) -> list[TrainingStatus]:
     """Ask for the trainings that are due by their rules, and return them."""
-    from active_learning.cycle import When, due
-
     night = settings.train_at_night
     when = When(
         after=settings.train_after,
@@ -152,10 +152,8 @@ def ask_when_due(settings: Settings, store: CorrectionStore, *, now_s: float) ->
 
 def new_for(store: CorrectionStore, line: str, last: TrainingStatus | None) -> int:
     """Return how many corrections of a line came after its last training's snapshot."""
-    from active_learning.registry import project_of
-
     seen_s = 0.0 if last is None else last.snapshot_s or last.asked_s
-    return store.new_since(project_of(line), seen_s)
+    return store.new_since(lines.project_of(line), seen_s)
 
 
 def why_not(last: TrainingStatus | None, new: int) -> str | None:
@@ -202,10 +200,9 @@ def train(line: str) -> None:
 
 def _have_tasks_scored(settings: Settings, line: str) -> None:
     """Have the tasks of all projects that a line serves scored by its new version."""
-    from active_learning.registry import project_of
     from ml_backend.jobs import ask_for_scores
 
-    project = project_of(line)
+    project = lines.project_of(line)
     with closing(CorrectionStore(settings.data_dir / "corrections.sqlite")) as store:
         projects = store.projects() if project is None else [project]
     try:
@@ -295,14 +292,13 @@ def _limit_memory(wanted: int) -> None:
 
 def _take_in(settings: Settings, status: TrainingStatus) -> None:
     """Have everything in the ledger that was submitted: what webhooks lost, and what waits in the inbox."""
-    from active_learning.registry import project_of
     from ml_backend.ingest import open_intake
     from ml_backend.reconcile import reconcile, take_in
 
     intake = open_intake(settings)
     try:
         if settings.label_studio_url is not None and settings.label_studio_api_key is not None:
-            project = project_of(status.line)
+            project = lines.project_of(status.line)
             try:
                 reconcile(settings, intake, project=None if project is None else int(project))
             except Refusal as refusal:
@@ -365,6 +361,8 @@ def _ended_for_memory() -> int | None:
 
 
 class _Worker(Worker):
+    """Is known to Redis for as long as its process lives, not only while it trains."""
+
     stopped = False
 
     def perform_job(self, job: Job, queue: Queue, execution: Execution) -> bool:
@@ -373,6 +371,26 @@ class _Worker(Worker):
 
     killed_for_memory: Callable[[str, float], None]
     _ended_before: int | None = None
+
+    def report(self) -> None:
+        """Say that it waits for a training to be asked for."""
+        self.register_birth()
+        self.set_state(WorkerStatus.IDLE)
+        self.heartbeat()
+
+    def leave(self) -> None:
+        """Have Redis forget it."""
+        with contextlib.suppress(redis.RedisError):
+            super().register_death()  # type: ignore[no-untyped-call]
+
+    def register_birth(self) -> None:
+        """Become known, unless it is already; a Redis that has lost it is told again."""
+        if not self.connection.hexists(self.key, "birth"):
+            self.connection.delete(self.key)
+            super().register_birth()  # type: ignore[no-untyped-call]
+
+    def register_death(self) -> None:
+        """Stay known after a training; see `leave`."""
 
     def fork_work_horse(self, job: Job, queue: Queue) -> None:
         """Begin a job."""
@@ -397,7 +415,8 @@ class _Worker(Worker):
 def work(settings: Settings, *, once: bool = False) -> None:
     """Carry out trainings one after another until stopped (or, with `once`, until none is asked for).
 
-    Each runs in a process of its own, so that this one holds neither torch nor a GPU.
+    Each runs in a process of its own, so that this one holds neither torch nor a GPU. Redis hears of it every few
+    seconds, whether it trains or waits.
     """
     if settings.redis_url is None:
         raise SystemExit("GRACO_REDIS_URL is not set: 'python -m ml_backend run' starts a Redis and this worker itself")
@@ -405,27 +424,34 @@ def work(settings: Settings, *, once: bool = False) -> None:
         raise SystemExit("GRACO_LEDGER is elsewhere: trainings run on the machine that keeps the ledger")
     os.nice(19)
     connection = redis.Redis.from_url(settings.redis_url)
-    looked_s = -float("inf")
-    while True:
+    try:
+        queue = Queue(TRAINING, connection=connection, serializer=JSONSerializer)
+        worker = _Worker([queue], connection=connection, serializer=JSONSerializer, worker_ttl=_WORKER_TTL_S)
+        worker.killed_for_memory = partial(_note_memory, settings)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, worker.request_stop)
         try:
-            if time.monotonic() - looked_s >= _DUE_S:
-                looked_s = time.monotonic()
-                with closing(CorrectionStore(settings.data_dir / "corrections.sqlite")) as store:
-                    ask_when_due(settings, store, now_s=time.time())
-            requeue(settings, connection)
-            queue = Queue(TRAINING, connection=connection, serializer=JSONSerializer)
-            if queue.count:
-                worker = _Worker([queue], connection=connection, serializer=JSONSerializer)
-                worker.killed_for_memory = partial(_note_memory, settings)
-                worker.work(burst=True, logging_level="WARNING")
-                if worker.stopped:
-                    return
-            elif once:
-                return
-            time.sleep(_TICK_S)
-        except StopRequested:  # the signal came between two trainings, where rq's handler still stands
+            _carry_out_all(settings, worker, queue, once=once)
+        finally:
+            worker.leave()
+    except StopRequested:  # the signal came between two trainings
+        return
+    except redis.RedisError as error:
+        raise SystemExit(f"Redis does not answer ({error}); the trainer ends, and is started again by 'run'") from None
+
+
+def _carry_out_all(settings: Settings, worker: _Worker, queue: Queue, *, once: bool) -> None:
+    looked_s = -float("inf")
+    while not worker.stopped:
+        worker.report()
+        if time.monotonic() - looked_s >= _DUE_S:
+            looked_s = time.monotonic()
+            with closing(CorrectionStore(settings.data_dir / "corrections.sqlite")) as store:
+                ask_when_due(settings, store, now_s=time.time())
+        requeue(settings, worker.connection)
+        if queue.count:
+            worker.work(burst=True, logging_level="WARNING")
+        elif once:
             return
-        except redis.RedisError as error:
-            raise SystemExit(
-                f"Redis does not answer ({error}); the trainer ends, and is started again by 'run'"
-            ) from None
+        if not worker.stopped:
+            time.sleep(_TICK_S)

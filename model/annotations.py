@@ -27,8 +27,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from pycocotools import mask as coco
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
 from model.types import Granularity, Mask, Refusal, RGBImage
 
@@ -703,6 +701,9 @@ def _objects(content: dict[str, Any], key: str, path: Path, fields: tuple[str, .
 
 
 def _read_mat(path: Path, name: str) -> Any:
+    from scipy.io import loadmat  # not held by processes that read no MATLAB file
+    from scipy.io.matlab import MatReadError
+
     try:
         return loadmat(str(path), simplify_cells=True)[name]
     except KeyError as error:

@@ -6,18 +6,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Drawing
 from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table as RichTable
 
 from model.evaluation.protocol import LEVELS, NAMELESS, Bench, Options
 from model.evaluation.summary import Figure, Numbers, noc_name, pooled
 from model.types import Click, Granularity, Mask, RGBImage
+
+if TYPE_CHECKING:  # the web process draws sheets, and holds no matplotlib for them
+    from matplotlib.axes import Axes
 
 _WORDS = 3  # columns of a table, from the left, that hold words
 _CELL = 220  # pixels of a sheet's cell
@@ -293,6 +294,8 @@ def _draw_curves(path: Path, numbers: Sequence[Numbers]) -> bool:
     if not any("curve" in group or "own" in group for group in numbers):
         path.unlink(missing_ok=True)
         return False
+    from matplotlib.figure import Figure as Drawing
+
     drawing = Drawing(figsize=(18, 5.5), layout="constrained")
     clicks, asked, own = drawing.subplots(1, 3)
     for number, group in enumerate(numbers):
@@ -324,6 +327,8 @@ def draw_click_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[flo
         path: the PNG file.
         curves: title to name to mean IoU after 1, 2, ... clicks; at least one title.
     """
+    from matplotlib.figure import Figure as Drawing
+
     drawing = Drawing(figsize=(6 * len(curves), 5), layout="constrained")
     for axes, (title, lines) in zip(drawing.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         for name, ious in lines.items():

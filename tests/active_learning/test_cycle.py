@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from active_learning.corrections import Correction, CorrectionStore, held_out
-from active_learning.cycle import Limits, When, Workplace, due, run
+from active_learning.cycle import Limits, Workplace, run
 from active_learning.gate import Margins
 from active_learning.images import ImageStore
 from active_learning.learn import LearningConfig
-from active_learning.registry import AdapterRegistry, project_of
+from active_learning.registry import AdapterRegistry
 from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split, write_snapshot
 from active_learning.status import TrainingFolder
 from model.adapter import read_adapter, write_adapter
@@ -28,8 +28,6 @@ from model.annotations import decode, encode, read_annotations
 from model.segmenter import BUNDLED_ADAPTER
 from tests.active_learning.drawn import HEIGHT, WIDTH, strip, strip_masks
 
-NIGHT = When(after=0, night_h=(22, 6))
-DAY_S = 86400.0
 QUICK = LearningConfig(fewest_steps=4, most_steps=4, clicks=1, checkpoint_every=1)
 SERVED = Limits(precision="no", too_few="publish")
 SURE = Margins(lose=50.0, doubt=50.0, least_objects=30, limit=30, budget=2)  # too few to judge by
@@ -96,25 +94,6 @@ def trainings(tmp_path) -> TrainingFolder:
 def carry_out(place, trainings, **changes):
     values = {"config": QUICK, "margins": EASY, "limits": Limits(precision="no")} | changes
     return run(place, trainings, trainings.ask("a test"), **values)
-
-
-def test_a_training_is_due_by_number_by_hours_and_once_a_night():
-    assert due(When(after=2), new=2, last_s=None, now_s=0) == "2 new corrections"
-    assert due(When(after=2), new=1, last_s=None, now_s=0) is None
-    hours = When(after=0, every_h=2)
-    assert due(hours, new=1, last_s=None, now_s=DAY_S) is not None
-    assert due(hours, new=1, last_s=0.0, now_s=7200) is not None
-    assert due(hours, new=1, last_s=0.0, now_s=7199) is None
-    assert due(hours, new=0, last_s=0.0, now_s=9000) is None
-    noon, evening, midnight = DAY_S + 12 * 3600, DAY_S + 22 * 3600, 2 * DAY_S + 60
-    assert due(NIGHT, new=1, last_s=noon - 3600, now_s=noon) is None
-    assert due(NIGHT, new=1, last_s=noon, now_s=evening) is not None
-    assert due(NIGHT, new=1, last_s=evening, now_s=midnight) is None
-    assert due(NIGHT, new=1, last_s=noon, now_s=midnight) is not None
-
-
-def test_a_line_names_its_project():
-    assert (project_of("project-12"), project_of("shared")) == ("12", None)
 
 
 def test_a_cycle_learns_judges_and_keeps_a_version_with_its_card_and_pictures(place, trainings):

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from active_learning.registry import AdapterRegistry, line_of
+from active_learning.lines import line_of
+from active_learning.registry import AdapterRegistry
 from model.adapter import read_adapter, write_adapter
 from model.types import Refusal
 

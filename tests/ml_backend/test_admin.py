@@ -2,7 +2,10 @@
 
 import html
 import io
+import os
 import re
+import subprocess
+import sys
 import time
 from contextlib import closing
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import redis
 from PIL import Image
+from pydantic import ValidationError
 from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 
@@ -17,8 +21,10 @@ from active_learning.corrections import CorrectionStore
 from ml_backend.app import create_app
 from ml_backend.inbox import ATTEMPTS
 from ml_backend.jobs import CORRECTIONS
+from ml_backend.settings import Settings
 from ml_backend.trainings import folder_of
 from tests.active_learning.corrected import correction
+from tests.conftest import ROOT
 from tests.ml_backend.conftest import TOKEN, wait_until
 from tests.ml_backend.filled import HEIGHT, WIDTH, fill, publish
 
@@ -95,6 +101,23 @@ def test_the_overview_shows_queues_workers_with_their_heartbeat_and_what_serves(
         assert any(row.startswith("worker-1 corrections ✓ ok") and row.endswith("s ago") for row in rows), rows
         assert any(row.startswith(f"project-3 {two[0].id} light-") for row in rows), rows
         worker.register_death()
+
+
+def test_missing_workers_are_told_with_what_starts_them_and_rq_dashboard_is_linked_where_it_is_named(
+    make_admin, redis_url
+):
+    client, _ = make_admin(redis_url=redis_url, rq_dashboard_url='https://host/rq?a="><b>')
+    text = client.get("/admin").text
+    for command in ("python -m ml_backend worker", "python -m ml_backend trainer"):
+        assert "has reported lately" in text
+        assert command in text
+    assert 'href="https://host/rq?a=&#34;&gt;&lt;b&gt;"' in text
+
+
+@pytest.mark.parametrize("address", ["javascript:alert(1)", "//host/rq", "data:text/html,x", "/ rq", "ftp://host"])
+def test_rq_dashboard_is_an_http_address_or_a_path_of_this_host(address):
+    with pytest.raises(ValidationError):
+        Settings(rq_dashboard_url=address)
 
 
 def test_the_doctors_checks_are_made_in_the_background_and_can_be_asked_for(make_admin):
@@ -314,6 +337,24 @@ def test_versions_are_compared_on_the_objects_that_both_were_judged_on_and_live_
         cells = Image.open(io.BytesIO(answer.data))
     assert cells.width > 2 * cells.height  # photo, first, second
     assert "hold-out" in text
+
+
+def test_a_comparison_leaves_no_library_of_the_commands_in_the_process_that_serves_clicks(tmp_path):
+    code = """if True:
+        import sys, time
+        from ml_backend.comparisons import CONFIGURED, Comparisons
+        from ml_backend.service import Service
+        from ml_backend.settings import Settings
+        service = Service(Settings())
+        comparisons = Comparisons(service)
+        comparisons.ask("shared", CONFIGURED, CONFIGURED)
+        while (found := comparisons.get("shared", CONFIGURED, CONFIGURED)).state == "running":
+            time.sleep(0.2)
+        print(found.state, len(found.answers), *sorted({"scipy", "matplotlib", "peft"} & set(sys.modules)))
+        service.close()"""
+    environment = os.environ | {"GRACO_DATA_DIR": str(tmp_path), "GRACO_ENCODER": "exact", "GRACO_DEVICE": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "done 6", done.stderr
 
 
 def test_pages_are_quick_with_ten_thousand_corrections(make_admin, tmp_path, two):

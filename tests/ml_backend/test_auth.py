@@ -230,6 +230,17 @@ def test_too_large_a_body_is_refused_before_any_of_it_is_read(client, headers, s
     assert fast(lambda: client.post("/predict", environ_overrides=large, headers=headers)).status_code == status
 
 
+@pytest.mark.parametrize("path", ["/admin/login", "/admin/training/start"])
+def test_too_large_a_form_is_told_the_limit_of_the_admins_pages(client, path):
+    large = {"wsgi.input": Unread(), "CONTENT_LENGTH": str(2**20 + 1)}
+    form = {"Content-Type": "application/x-www-form-urlencoded", **ADMINS}
+    for accept in ("application/json", "text/html"):
+        told = client.post(path, environ_overrides=large, headers=form | {"Accept": accept})
+        assert (told.status_code, told.mimetype) == (413, accept)
+        assert "larger than 1 MB" in told.text
+        assert "GRACO_REQUEST_MAX_MB" not in told.text
+
+
 @pytest.mark.parametrize("kind", ["tasks", "clicks"])
 def test_ten_thousand_tasks_and_a_hundred_thousand_clicks_are_422_at_once(client, kind):
     body = ask(click(31, 40))
@@ -275,6 +286,60 @@ def test_the_login_opens_the_admins_pages_in_this_browser_until_the_logout(guard
     assert client.post("/admin/logout").status_code == 403
     assert client.post("/admin/logout", headers={"X-CSRF-Token": token}).status_code == 303
     assert not opens(client)
+
+
+def copied(client):
+    return client.get_cookie("graco_admin", path="/admin").value
+
+
+def with_cookie(app, value):
+    client = app.test_client()
+    client.set_cookie("graco_admin", value, path="/admin")
+    return client
+
+
+def log_out(client):
+    return client.post("/admin/logout", headers={"X-CSRF-Token": token_of(client.get("/admin/login"))})
+
+
+def test_a_logout_ends_the_session_for_copies_of_its_cookie_in_every_process_and_after_a_restart(guarded):
+    secret = {"session_secret": "the-same-secret"}
+    first, second = guarded(**secret), guarded(**secret)
+    client = first.test_client()
+    log_in(client)
+    cookie = copied(client)
+    assert opens(with_cookie(first, cookie))
+    assert opens(with_cookie(second, cookie))
+    other = second.test_client()
+    log_in(other)
+    assert log_out(client).status_code == 303
+    for app in (first, second, guarded(**secret)):
+        assert not opens(with_cookie(app, cookie))
+        assert opens(with_cookie(app, copied(other))), "another browser's session goes on"
+    assert not opens(client)
+    log_in(client)
+    assert opens(client)
+
+
+def test_sessions_that_were_logged_out_are_forgotten_once_they_would_be_over_anyway(guarded, tmp_path):
+    app = guarded()
+    for _ in range(2):
+        client = app.test_client()
+        log_in(client)
+        assert log_out(client).status_code == 303
+        kept = list((tmp_path / "data" / "sessions").iterdir())
+        assert len(kept) == 1
+        os.utime(kept[0], (time.time() - 12 * 3600 - 1,) * 2)
+
+
+def test_a_logout_that_cannot_be_written_down_says_so(guarded, tmp_path):
+    app = guarded()
+    client = app.test_client()
+    log_in(client)
+    (tmp_path / "data" / "sessions").write_text("in the way")
+    told = log_out(client)
+    assert told.status_code == 503
+    assert "could not be ended" in told.json["error"]
 
 
 def test_over_https_the_cookie_is_secure(guarded):

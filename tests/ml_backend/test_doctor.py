@@ -29,6 +29,7 @@ from ml_backend.label_config import make_config
 from ml_backend.service import serving_version
 from ml_backend.settings import Settings
 from ml_backend.supervisor import redis_server
+from ml_backend.trainings import TRAINING
 from model.adapter import read_adapter, write_adapter
 from model.segmenter import digest_of, load_segmenter
 from model.types import Refusal
@@ -376,6 +377,16 @@ def test_a_redis_without_a_worker(settings, redis_url, queue):
     found = check(settings(redis_url=redis_url), "encode worker")
     assert found.status == "warning"
     assert "python -m ml_backend worker" in found.remedy
+
+
+def test_a_trainer_that_nobody_has_heard_of_is_told_with_the_command_that_starts_one(settings, redis_url, working):
+    found = check(settings(redis_url=redis_url), "trainer")
+    assert found.status == "warning"
+    assert "python -m ml_backend trainer" in found.remedy
+    queue = Queue(TRAINING, connection=working.connection, serializer=JSONSerializer)
+    trainer = SimpleWorker([queue], connection=queue.connection, serializer=JSONSerializer)
+    trainer.register_birth()
+    assert check(settings(redis_url=redis_url), "trainer").status == "ok"
 
 
 def test_a_queue_that_stands_still(settings, redis_url, queue, working):

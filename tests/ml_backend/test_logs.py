@@ -4,11 +4,13 @@ import json
 import logging
 import os
 import time
+from urllib.parse import quote
 
 import pytest
 
 from ml_backend import logs
 from ml_backend.app import create_app
+from ml_backend.label_config import make_config
 from tests.ml_backend.conftest import TOKEN, ask, click
 
 
@@ -112,3 +114,40 @@ def test_configuring_twice_writes_each_line_once(configure):
     lines = configure("INFO", as_json=True)
     logging.getLogger("ml_backend.test").info("once")
     assert len(lines()) == 1
+
+
+FORGED = "7\n12:00:00 INFO    ml_backend.access [-] GET /forged\r\x1b[2J\x85\u2028\u202e"
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_no_value_of_a_request_begins_a_line_of_its_own_or_steers_a_terminal(configure, make_service, as_json):
+    lines = configure("DEBUG", as_json=as_json)
+    client = create_app(make_service()).test_client()
+    config = make_config(["Object"]).replace("Object", "Ob&#10;ject")
+    client.post("/setup", json={"project": FORGED, "schema": "<View>" + FORGED})
+    client.post("/setup", json={"project": FORGED, "schema": "<View><Image name='a&#10;b' value='$x'/></View>"})
+    client.post("/webhook", json={"action": FORGED, "project": {"id": FORGED}, "annotation": {"id": FORGED}})
+    client.post("/webhook", json={"action": "START_TRAINING", "project": {"id": FORGED}})
+    client.post("/train", json={"project": FORGED})
+    for changes in (
+        {"project": FORGED},
+        {"image": FORGED},
+        {"image": f"http://host/{FORGED}"},
+        {"config": config},
+    ):
+        project = changes.pop("project", "3.1")
+        region = click(31, 40, region=FORGED, label=FORGED, level=FORGED, to_name=FORGED)
+        client.post("/predict", json=ask(region, **changes) | {"project": project})
+        client.post("/predict", json=ask(click(31, 40, region=FORGED), **changes) | {"project": project})
+    client.get("/versions", query_string={"project": FORGED}, headers={"X-Request-Id": "a b"})
+    client.post(f"/{quote(FORGED)}")
+    logging.getLogger(FORGED).error("%s", FORGED)
+    try:
+        raise ValueError(FORGED)
+    except ValueError:
+        logging.getLogger("ml_backend.test").exception("failed: %s", FORGED)
+    found = lines()
+    assert sum("GET /forged" in line for line in found) >= 5, "it is logged in several places"
+    for line in found:
+        assert not line.startswith("12:00:00 INFO    ml_backend.access [-] GET /forged")
+        assert line.isprintable()

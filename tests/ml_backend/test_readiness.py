@@ -8,9 +8,12 @@ import threading
 import pytest
 import redis
 from rq import Worker
+from werkzeug.serving import make_server
 
 import ml_backend.families
 from ml_backend.app import create_app
+from ml_backend.health_command import Told, ask_health
+from ml_backend.queues import look
 from ml_backend.readiness import why_no_corrections
 from tests.conftest import ROOT
 from tests.ml_backend.conftest import wait_until
@@ -22,13 +25,26 @@ def ask(service, query=""):
 
 
 @pytest.fixture
-def worker(redis_url, tmp_path):
-    """A real corrections worker on the tests' Redis."""
+def start(redis_url, tmp_path):
+    """Start a real process on the tests' Redis, by its name."""
     environment = {"GRACO_REDIS_URL": redis_url, "GRACO_DATA_DIR": str(tmp_path / "data"), "PATH": "/usr/bin:/bin"}
-    process = subprocess.Popen([sys.executable, "-m", "ml_backend", "worker"], cwd=ROOT, env=environment)
-    yield process
-    process.kill()
-    process.wait(10)
+    started = []
+
+    def start(name):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        started.append(subprocess.Popen([sys.executable, "-m", "ml_backend", name], cwd=ROOT, env=environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait(10)
+
+
+@pytest.fixture
+def worker(start):
+    """A real corrections worker."""
+    return start("worker")
 
 
 def test_without_a_redis_the_model_alone_makes_ready(make_service):
@@ -78,7 +94,7 @@ def test_ready_follows_the_worker_through_its_life(make_service, redis_url, work
     service = make_service(redis_url=redis_url)
     wait_until(lambda: service.ready)
     wait_until(lambda: ask(service, "?ready=1")[0] == 200)
-    assert why_no_corrections(redis_url, host="another-container") == [
+    assert why_no_corrections(look(redis_url), host="another-container") == [
         "no corrections worker on another-container has reported lately; start one: python -m ml_backend worker"
     ]
     worker.send_signal(signal.SIGTERM)
@@ -89,9 +105,66 @@ def test_ready_follows_the_worker_through_its_life(make_service, redis_url, work
 def test_a_killed_worker_is_forgotten_within_two_minutes(redis_url, worker):
     with redis.Redis.from_url(redis_url) as connection:
         (key,) = wait_until(lambda: Worker.all_keys(connection=connection))
-        wait_until(lambda: why_no_corrections(redis_url) == [])
+        wait_until(lambda: why_no_corrections(look(redis_url)) == [])
         worker.kill()
         worker.wait(10)
         assert 0 < connection.ttl(key) <= 120
         connection.delete(key)  # what Redis does then
-    assert why_no_corrections(redis_url) != []
+    assert why_no_corrections(look(redis_url)) != []
+
+
+def test_a_missing_trainer_is_a_note_that_keeps_nobody_from_being_ready(make_service, redis_url, worker, start):
+    service = make_service(redis_url=redis_url)
+    wait_until(lambda: service.ready)
+    wait_until(lambda: ask(service, "?ready=1")[0] == 200, limit_s=60)
+    (note,) = ask(service, "?ready=1")[1]["notes"]
+    assert note.endswith("start one: python -m ml_backend trainer")
+    trainer = start("trainer")
+    wait_until(lambda: ask(service, "?ready=1")[1]["notes"] == [], limit_s=60)
+    trainer.send_signal(signal.SIGTERM)
+    assert trainer.wait(20) == 0
+    assert ask(service, "?ready=1")[1]["notes"] == [note], "it took its leave"
+
+
+def test_the_command_tells_reasons_and_notes_apart(make_service, redis_url):
+    service = make_service(redis_url=redis_url)
+    wait_until(lambda: service.ready)
+    server = make_server("127.0.0.1", 0, create_app(service))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        settings = service.settings.model_copy(update={"port": server.port})
+        assert ask_health(settings) == Told()
+        told = ask_health(settings, ready=True)
+    finally:
+        server.shutdown()
+        thread.join()
+    assert [said.partition(" has")[0] for said in told.reasons + told.notes] == ["no corrections worker", "no trainer"]
+    assert ask_health(settings).reasons[0].endswith("is the web process running?")
+
+
+def test_a_waiting_trainer_is_known_to_redis_until_it_is_killed_and_is_told_of_again_where_redis_forgot(
+    redis_url, start
+):
+    trainer = start("trainer")
+    with redis.Redis.from_url(redis_url) as connection:
+        (key,) = wait_until(lambda: Worker.all_keys(connection=connection), limit_s=60)
+        connection.flushall()
+        assert wait_until(lambda: Worker.all_keys(connection=connection)) == [key]
+        trainer.kill()
+        trainer.wait(10)
+        assert 0 < connection.ttl(key) <= 120
+
+
+def test_liveness_alone_is_200_whatever_is_missing(make_service, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no such model")
+
+    monkeypatch.setattr(ml_backend.families, "load_segmenter", fail)
+    service = make_service(redis_url=f"unix://{tmp_path}/none.sock")
+    wait_until(lambda: service.failure)
+    for query in ("", "?", "?READY=1", "?model"):
+        assert ask(service, query)[0] == 200
+    assert ask(service)[1]["status"] == "FAILED"
+    for query in ("?ready=1", "?ready=model", "?ready="):
+        assert ask(service, query)[0] == 503

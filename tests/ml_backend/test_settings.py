@@ -33,6 +33,7 @@ READ = {
     "GRACO_PROXIES": ("proxies", "1", 1),
     "GRACO_REQUESTS_PER_MINUTE": ("requests_per_minute", "0", 0),
     "GRACO_REQUEST_MAX_TASKS": ("request_max_tasks", "9", 9),
+    "GRACO_REQUEST_TIME_S": ("request_time_s", "5", 5.0),
     "GRACO_FAMILY": ("family", "graco", "graco"),
     "GRACO_WEIGHTS": ("weights", "sbd-vit-base", "sbd-vit-base"),
     "GRACO_SPEED": ("speed", "fast", "fast"),

@@ -1,15 +1,17 @@
 """Trainings through a real Redis and a real worker: asked for, carried out, killed, gone on with."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from rq import Queue
+from rq import Queue, Worker
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
@@ -173,3 +175,23 @@ def test_a_training_is_carried_out_although_its_process_is_killed(settings, conn
     assert active.snapshot == store.snapshot("3").id
     assert not trainings.work(ended).exists()
     store.close()
+
+
+def test_a_trainer_that_waits_holds_no_torch_also_where_there_are_corrections_to_look_at(settings, connection):
+    with closing(CorrectionStore(settings.data_dir / "corrections.sqlite")) as store:
+        fill(store, ImageStore(settings.data_dir / "images"), photos=1)
+    command = [sys.executable, "-m", "ml_backend", "trainer"]
+    chosen = environment(settings) | {"GRACO_TRAIN_AFTER": "1000"}
+    with subprocess.Popen(command, cwd=ROOT, env=chosen) as process:
+        try:
+            wait_until(lambda: Worker.all_keys(connection=connection), limit_s=60)
+            (key,) = Worker.all_keys(connection=connection)
+            beat = connection.hget(key, "last_heartbeat")
+            wait_until(lambda: connection.hget(key, "last_heartbeat") != beat)  # it has looked at the ledger by then
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            mapped = Path(f"/proc/{process.pid}/maps").read_text()
+        finally:
+            process.terminate()
+        assert process.wait(20) == 0
+    assert "libtorch" not in mapped
+    assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < 150 * 1024

@@ -39,6 +39,7 @@ class Web:
             **os.environ,
             **{"GRACO_DATA_DIR": str(settings.data_dir), "GRACO_AUTH": "off", "GRACO_ENCODER": "exact"},
             **{"LABEL_STUDIO_URL": str(settings.label_studio_url), "LABEL_STUDIO_API_KEY": TOKEN},
+            **{"GRACO_REQUEST_TIME_S": str(settings.request_time_s)},
         }
         self.start()
 
@@ -67,7 +68,7 @@ class Web:
 @pytest.fixture
 def web(tmp_path: Path, label_studio) -> Iterator[Web]:
     label_studio.add("/data/upload/3/photo.png", photo())
-    running = Web(settings_for(tmp_path / "data", label_studio, port=free_port()))
+    running = Web(settings_for(tmp_path / "data", label_studio, port=free_port(), request_time_s=5))
     yield running
     with suppress(ProcessLookupError):
         os.killpg(running.process.pid, signal.SIGKILL)
@@ -137,3 +138,56 @@ def test_clients_that_fall_silent_in_the_middle_of_a_request_hold_no_thread_for_
 def test_a_header_names_neither_our_routes_nor_where_they_are_mounted(web: Web):
     for name in ("SCRIPT_NAME", "PATH_INFO"):
         assert requests.get(f"{web.url}/health", headers={name: "/elsewhere"}, timeout=20).status_code == 200
+
+
+HEAD, BODY, UNREAD = (
+    b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: ",
+    b"POST /webhook HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n",
+    b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n",
+)
+
+
+@pytest.mark.parametrize("begun", [HEAD, BODY, UNREAD], ids=["head", "body", "body that nobody reads"])
+def test_clients_that_drip_bytes_of_a_request_hold_no_thread_for_long(web: Web, begun: bytes):
+    slow = [socket.create_connection(("127.0.0.1", int(web.url.rpartition(":")[2]))) for _ in range(16)]
+    done = threading.Event()
+
+    def drip() -> None:
+        for one in slow:
+            one.sendall(begun)
+        while not done.wait(0.4):
+            for one in slow:
+                with suppress(OSError):
+                    one.sendall(b"x")
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    try:
+        time.sleep(1.5)
+        began_s = time.monotonic()
+        wait_until(web.answers, limit_s=30)
+        assert time.monotonic() - began_s < 25
+        for one in slow:
+            one.settimeout(20)
+            with suppress(ConnectionError):
+                while one.recv(65536):  # to its end, with or without an answer
+                    pass
+    finally:
+        done.set()
+        dripping.join()
+        for one in slow:
+            one.close()
+
+
+def test_a_body_that_arrives_in_pieces_within_its_time_is_taken(web: Web):
+    body = json.dumps(event(annotation(id=1))).encode()
+    with socket.create_connection(("127.0.0.1", int(web.url.rpartition(":")[2]))) as client:
+        client.sendall(b"POST /webhook HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body))
+        for start in range(0, len(body), len(body) // 5 + 1):
+            client.sendall(body[start : start + len(body) // 5 + 1])
+            time.sleep(0.3)
+        client.settimeout(20)
+        assert client.recv(1000).startswith(b"HTTP/1.1 201")
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")  # the connection serves another
+        while not (said := client.recv(1000)).startswith(b"HTTP/1.1"):
+            assert said
