@@ -34,7 +34,7 @@ def growth(times_s: Sequence[float], values: Sequence[float], whole_s: float) ->
 
     A process's memory swings with its work, and by far more than a leak adds. What leaked stays when the work is done,
     so that the least value of each twelfth of the time is looked at; of these it is the median of all slopes (Theil and
-    Sen). Simulated, it errs by 0.3 % (standard deviation) for a process at work two thirds of the time, and a fit through
+    Sen). Simulated, it errs by 0.3 % (standard deviation) for a process at work two thirds of the time, a fit through
     all values by 3 %.
 
     None where the process did not last from the warm-up to the end, within a tenth of the time.
