@@ -127,9 +127,33 @@ def cells(height: int, width: int) -> tuple[int, int]:
     return -(-height // CELL), -(-width // CELL)
 
 
-def nested(logits: Tensor) -> Tensor:
-    """Return logits of levels, B, L, rows, columns, with each mask held inside the next one; the last stays."""
-    return logits.flip(1).cummin(dim=1).values.flip(1)
+def growing(logits: Tensor) -> Tensor:
+    """Return logits of levels, B, L, rows, columns, whose masks do not shrink from one level to the next.
+
+    Of a prompt where one did, each pixel's logits are replaced by the nearest that fall nowhere (least squares).
+
+    Source: the max-min formula of isotonic regression (Robertson, Wright, Dykstra 1988, theorem 1.4.4).
+    """
+    areas = (logits > 0).sum((-1, -2))
+    shrinks = (areas.diff(dim=1) < 0).any(dim=1)
+    if not shrinks.any():
+        return logits
+    grown = logits.clone()
+    grown[shrinks] = _isotonic(logits[shrinks])
+    return grown
+
+
+def _isotonic(values: Tensor) -> Tensor:
+    """Return the values nearest to `values`, B, L, rows, columns, that fall nowhere along L."""
+    count = values.shape[1]
+    sums = F.pad(values.cumsum(dim=1), (0, 0, 0, 0, 1, 0))
+    fitted = torch.full_like(values, -torch.inf)
+    for first in range(count):
+        lengths = torch.arange(1, count - first + 1, device=values.device)[:, None, None]
+        means = (sums[:, first + 1 :] - sums[:, first : first + 1]) / lengths  # of first .. each later one
+        least = means.flip(1).cummin(dim=1).values.flip(1)
+        fitted[:, first:] = torch.maximum(fitted[:, first:], least)
+    return fitted
 
 
 def fill_square(logits: Tensor) -> Tensor:

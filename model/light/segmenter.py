@@ -24,7 +24,7 @@ from torch import Tensor
 from model.geometry import Fit, FloatMap, clip_box
 from model.light.adapter import LadderAdapter, load_ladder
 from model.light.encoder import EncoderRuntime, make_encoder
-from model.light.ladder import cells, fill_square, nested
+from model.light.ladder import cells, fill_square, growing
 from model.light.network import (
     BOX_BOTTOM_RIGHT,
     BOX_TOP_LEFT,
@@ -263,7 +263,7 @@ class LightSegmenter:
         ladder = adapter.answer(image, position, points, phrase)
         answers = ladder.logits.float()
         if first:
-            answers[:, :LEVELS] = nested(answers[:, :LEVELS])
+            answers[:, :LEVELS] = growing(answers[:, :LEVELS])
         logits = fill_square(answers)[0].half().cpu().numpy()
         return LadderState(logits, tuple(float(s) for s in ladder.scores[0].sigmoid()))
 

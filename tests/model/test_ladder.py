@@ -5,9 +5,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import isotonic_regression
 
 from model.geometry import Fit
-from model.light.ladder import LOGITS_PER_CELL, LadderDecoder, _between, cells, fill_square
+from model.light.ladder import LOGITS_PER_CELL, LadderDecoder, _between, cells, fill_square, growing
 from model.light.network import CHANNELS, GRID, POINT_PADDING, POINT_POSITIVE, SIDE
 from model.types import LEVELS
 
@@ -69,6 +70,21 @@ def test_the_cells_of_a_photo_of_any_shape_give_its_logits_and_the_square_repeat
     assert torch.equal(square[..., :height, :width], logits)
     assert (square[..., :height, width:] == logits[..., -1:]).all()
     assert (square[..., height:, :width] == logits[..., -1:, :]).all()
+
+
+def test_a_ladder_that_shrinks_somewhere_becomes_the_nearest_that_falls_nowhere_and_others_stay():
+    drawn = torch.Generator().manual_seed(3)
+    shrinking = torch.randn(LEVELS, 5, 6, generator=drawn)
+    steady = torch.randn(5, 6, generator=drawn) + torch.arange(LEVELS)[:, None, None]
+    steady[4, 0, 0] = steady[3, 0, 0] - 0.01  # falls, but its masks grow
+    areas = (torch.stack([shrinking, steady]) > 0).sum((-1, -2)).diff(dim=1)
+    assert areas[0].min() < 0 <= areas[1].min()
+    grown = growing(torch.stack([shrinking, steady]))
+    assert torch.equal(grown[1], steady)
+    for row, column in itertools.product(range(5), range(6)):
+        expected = isotonic_regression(shrinking[:, row, column].double().numpy()).x
+        np.testing.assert_allclose(grown[0, :, row, column], expected, atol=1e-5)
+    assert torch.equal(growing(steady[None])[0], steady)
 
 
 def test_a_phrase_adds_an_eleventh_answer_and_without_one_there_are_ten(decoder, segmenter):
