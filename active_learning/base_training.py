@@ -12,6 +12,7 @@ import logging
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class SetPart:
     views: int = 0
     proposals: float = 0.0
     named: bool = False
+    phrase_share: float | None = None  # in the phrase branch's lessons; else as in the level branch's
+    phrase_views: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +144,7 @@ def train_base(
     state = PartialState(cpu=recipe.level.device == "cpu")
     with state.main_process_first():  # of several processes, the first prepares everything and the others find it
         groups, named, sheet = _photos(recipe, segmenter, data, out, embeddings, stage)
-        _encode(files, [photo for _, photos in groups for photo in photos], stage)
+        _encode(files, [photo for _, photos in groups + named for photo in photos], stage)
     vocabulary = _vocabulary([photo for _, photos in named for photo in photos], recipe.phrase_threshold)
     with seeded(recipe.level.seed):
         network = LadderDecoder(segmenter.mask_decoder, vocabulary.vectors.shape[1])
@@ -227,12 +230,12 @@ def _photos(
     sheet: list[TrainingPhoto] = []
     for part in recipe.sets:
 
-        def views(digest: str, part: SetPart = part) -> Sequence[View]:
+        def views(digest: str, further: int) -> Sequence[View]:
             rng = np.random.default_rng([recipe.view_seed, *bytes.fromhex(digest[:16])])
-            return [PLAIN, *(View.random(rng, recipe.smallest_view) for _ in range(part.views))]
+            return [PLAIN, *(View.random(rng, recipe.smallest_view) for _ in range(further))]
 
         found = read_annotations(data / part.path, split=part.split)
-        photos = photos_of(found, views)
+        photos = photos_of(found, partial(views, further=part.views))
         groups.append((part.share, photos))
         sheet += [photo for photo in photos if photo.view == PLAIN][:: max(1, len(photos) // 3)][:3]
         if part.named:
@@ -241,7 +244,9 @@ def _photos(
                     f"{part.path} has named = true, but a mask of {nameless[0].image.path.name} has no name; "
                     "give every mask one, or set named = false"
                 )
-            named.append((part.share, photos))
+            if part.phrase_views is not None:
+                photos = photos_of(found, partial(views, further=part.phrase_views))
+            named.append((part.share if part.phrase_share is None else part.phrase_share, photos))
         if part.proposals:
             key = hashlib.sha256(f"{part} {recipe.proposals}".encode()).hexdigest()[:8]
             path = out / "proposals" / f"{part.path}-{key}.json"

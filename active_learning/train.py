@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from active_learning.dataset import EmbeddingFiles, Lesson, Sampler, targets
 from active_learning.training_run import Course, Figures, Progress, TrainingRun, seeded
-from model.adapter import attach, switch_on
+from model.adapter import Q_AND_V, attach, switch_on
 from model.light.adapter import LEVEL, PHRASE
 from model.light.ladder import LOGITS_PER_CELL, LadderDecoder, fill_square
 from model.light.network import (
@@ -44,6 +44,8 @@ from model.losses import normalised_focal, shrinkage, soft_iou
 from model.robot import next_click, sample_click
 from model.types import LEVELS, Click, Mask
 
+_TARGETS = {LEVEL: Q_AND_V, PHRASE: ("q_proj", "k_proj", "v_proj", "out_proj", "mlp.layers.0", "mlp.layers.1")}
+_WRAPPED = ".base_layer"  # in the name of a layer that LoRA was added to
 _ON_TOKENS = (
     ".mlp."  # of the transformer, what works on the few tokens alone: cheap to train, and it decides what is asked
 )
@@ -83,7 +85,13 @@ def prepare(network: LadderDecoder, config: TrainingConfig) -> None:
     network.requires_grad_(False)
     plain = trainable_names(network, config.branch)
     with seeded(config.seed):
-        attach(network.transformer, config.branch, rank=config.rank, alpha=config.alpha)
+        attach(
+            network.transformer,
+            config.branch,
+            rank=config.rank,
+            alpha=config.alpha,
+            targets=_TARGETS[config.branch],
+        )
     for name, parameter in network.named_parameters():
         if name in plain:
             parameter.requires_grad_(True)
@@ -333,4 +341,4 @@ def plain_state(network: LadderDecoder) -> dict[str, Tensor]:
     """Return all tensors beside LoRA that any branch trains."""
     names = trainable_names(network, LEVEL) + trainable_names(network, PHRASE)
     parameters = dict(network.named_parameters())
-    return {name: parameters[name].detach().float().cpu().clone() for name in names}
+    return {name.replace(_WRAPPED, ""): parameters[name].detach().float().cpu().clone() for name in names}

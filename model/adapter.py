@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from model.types import Refusal
 
-TARGETS = ("q_proj", "v_proj")
+Q_AND_V = ("q_proj", "v_proj")
+"""What GraCo's LoRA is added to."""
 _LORA, _PLAIN = "lora", "plain"  # first part of a tensor's name in the file
 _FORMAT = 1
 _SMALL = 10_000  # values of a tensor up to which it is kept in fp32
@@ -54,14 +55,14 @@ class AdapterFile:
         return found
 
 
-def attach(network: nn.Module, branch: str, *, rank: int, alpha: int) -> None:
-    """Add a LoRA branch to the Q and V projections of `network`, in place; only the branch's matrices will train.
+def attach(network: nn.Module, branch: str, *, rank: int, alpha: int, targets: Sequence[str] = Q_AND_V) -> None:
+    """Add a LoRA branch to the linear layers of `network` named `targets`, in place; only its matrices will train.
 
     The branch is on afterwards, as are those attached before.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS))
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second branch is what we want
         inject_adapter_in_model(config, network, adapter_name=branch)

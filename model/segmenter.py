@@ -8,7 +8,6 @@ answer depends on image, prompt and weights alone; a memo of earlier states only
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,7 +115,7 @@ def predict(
     """Return the answer to `prompt`: each click a step, the last one rendered.
 
     With an adapter, `proposals` over 1, one click (or box) and neither level nor phrase, it is all levels: the masks
-    that differ among the ladder's and the base's, small to large.
+    that differ among the ladder's and, without a level, the base's, small to large.
 
     Args:
         segmenter: the family that encoded the image.
@@ -151,35 +150,29 @@ ANY_LEVEL = Granularity(10)
 
 
 def _all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo, proposals: int) -> Prediction:
-    """Return the masks that differ among those of all levels and those the base offers, small to large.
+    """Return the masks of all levels that differ, and of the base's own those that differ from these, small to large.
 
-    The base's are no part of the ladder: they cover what a level's training made it give up, on photos unlike those it
-    saw. Each stands where the ladder has a mask of its size.
+    The base's bear no level: they are what a level's training gave up, on photos unlike those it saw.
     """
     if segmenter.first_step_serves_all_levels:
         state = _replay(segmenter, encoded, replace(prompt, granularity=ANY_LEVEL), memo)
         ladder = segmenter.render(encoded, prompt, state, proposals=LEVELS).proposals
     else:
         ladder = _passes_of_all_levels(segmenter, encoded, prompt, memo)
-    offered = segmenter.render(encoded, prompt, _replay(segmenter, encoded, prompt, memo), proposals=LEVELS).proposals
+    base = segmenter.render(encoded, prompt, _replay(segmenter, encoded, prompt, memo), proposals=LEVELS).proposals
+    ranked = sorted(ladder, key=_unsure) + [replace(one, granularity=None) for one in sorted(base, key=_unsure)]
     stride = -(-max(encoded.height, encoded.width) // _COMPARED)
-    looks = {id(proposal): proposal.mask[::stride, ::stride] for proposal in (*ladder, *offered)}
-    areas = {key: int(np.count_nonzero(look)) for key, look in looks.items()}
-    ranked = sorted((*ladder, *offered), key=lambda proposal: -proposal.score)
-    found = differing((proposal, looks[id(proposal)]) for proposal in ranked)[:proposals] or ranked[:1]
-    places = {id(one): min(ladder, key=lambda level: _far(areas[id(level)], areas[id(one)])) for one in offered}
+    looks = [(one, one.mask[::stride, ::stride]) for one in ranked]
+    found = differing(looks)[:proposals] or ranked[:1]
+    areas = {id(one): int(np.count_nonzero(look)) for one, look in looks}
     return Prediction(
-        proposals=tuple(
-            replace(one, granularity=places[id(one)].granularity) if id(one) in places else one
-            for one in sorted(found, key=lambda proposal: areas[id(proposal)])
-        ),
+        proposals=tuple(sorted(found, key=lambda one: areas[id(one)])),
         adapter=segmenter.adapter,
     )
 
 
-def _far(area: int, other: int) -> float:
-    """Return how far one area is from another: times larger or smaller, as a logarithm."""
-    return abs(math.log(max(1, area) / max(1, other)))
+def _unsure(proposal: Proposal) -> float:
+    return -proposal.score
 
 
 def _passes_of_all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo) -> tuple[Proposal, ...]:

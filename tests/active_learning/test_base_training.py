@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,6 +202,30 @@ def test_proposals_are_made_once_and_get_their_share_of_the_lessons(segmenter, d
         "handle",
         "ball",
     }
+
+
+def test_the_phrase_branch_may_see_other_views_and_shares_than_the_level_branch(data, segmenter, embeddings, tmp_path):
+    recipe = read(tmp_path, RECIPE.replace("views = 1", "views = 1\nphrase_views = 3\nphrase_share = 0.25"))
+    groups, named, _ = base_training._photos(recipe, segmenter, data, tmp_path, embeddings, Bars())
+    assert [(share, len(photos)) for share, photos in groups] == [(1.0, 2)]
+    assert [(share, len(photos)) for share, photos in named] == [(0.25, 4)]
+    assert {photo.embedding for photo in groups[0][1]} < {photo.embedding for photo in named[0][1]}
+
+
+def test_two_processes_by_torchrun_share_what_they_learn_and_write_one_adapter(segmenter, data, embeddings, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "active_learning", "train-base", "--config", str(recipe), "--data", str(data)]
+    command += ["--out", str(tmp_path / "out"), "--embeddings", str(embeddings), "--encoder", "exact"]
+    command += ["--device", "cpu", "--precision", "no", "--threads", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    path = tmp_path / "out" / "light-granularity.safetensors"
+    assert str(path) in done.stdout
+    assert read_adapter(path, base=segmenter.digest).card["branches"] == [LEVEL, PHRASE]
+    kept = torch.load(tmp_path / "out" / "level" / "checkpoint.pt", weights_only=True)
+    assert len(kept["rng"]) == 2, "each process drew lessons of its own"
 
 
 # --- refusals ---

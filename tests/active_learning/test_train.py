@@ -182,6 +182,14 @@ def test_a_branch_moves_its_own_tensors_and_no_other(fresh, teach, tmp_path):
     assert all(bool(plain) for plain in (trainable_names(network, LEVEL), trainable_names(network, PHRASE)))
 
 
+def test_what_is_kept_bears_the_decoders_own_names_whatever_lora_was_added_to(segmenter, fresh):
+    network = fresh(LEVEL)
+    kept = plain_state(network)
+    prepare(network, config(branch=PHRASE))
+    assert any("mlp" in name for name in lora_state(network.transformer, PHRASE))
+    equal(plain_state(network), kept)
+
+
 def test_the_base_is_left_as_it_was(segmenter, fresh, teach, tmp_path):
     parts = segmenter.mask_decoder, segmenter.prompt_encoder
     before = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]

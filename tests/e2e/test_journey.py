@@ -233,7 +233,8 @@ def test_after_one_click_level_keys_grow_the_mask_and_one_key_shows_all_levels(
     results = label_studio.annotation(project)["result"]
     numbers = {item["id"]: item["value"]["number"] for item in results if item["type"] == "number"}
     assert numbers == {item["id"]: item["value"]["number"] for item in every.regions("number")}
-    assert numbers.keys() == {item["id"] for item in every.regions("brushlabels")}
+    assert numbers
+    assert numbers.keys() <= {item["id"] for item in every.regions("brushlabels")}
 
 
 def test_a_phrase_typed_beside_a_click_is_obeyed_and_an_unknown_one_changes_nothing(

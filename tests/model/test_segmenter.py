@@ -194,21 +194,26 @@ def test_all_levels_of_one_click_differ_and_go_from_small_to_large(segmenter, la
         assert found.best.score == max(p.score for p in found.proposals)
         base = [p.mask for p in predict(segmenter, encoded, prompt, proposals=3).proposals]
         for p in found.proposals:
-            asked = Prompt(clicks=prompt.clicks, granularity=p.granularity)
-            of_level = predict(ladder, encoded, asked).best.mask
-            assert any(np.array_equal(p.mask, mask) for mask in (of_level, *base))
+            if p.granularity is None:
+                assert any(np.array_equal(p.mask, mask) for mask in base)
+            else:
+                asked = Prompt(clicks=prompt.clicks, granularity=p.granularity)
+                assert np.array_equal(predict(ladder, encoded, asked).best.mask, p.mask)
         few = predict(ladder, encoded, prompt, proposals=2).proposals
         assert len(few) == min(2, len(areas))
 
 
-def test_all_levels_leave_out_no_mask_of_the_base_and_say_where_it_stands(segmenter, ladder, encoded):
+def test_all_levels_leave_out_no_mask_of_the_base_and_put_none_in_the_place_of_a_levels(segmenter, ladder, encoded):
     for x, y in ((200, 220), (490, 300), (540, 250), (20, 20), (600, 460)):
         prompt = Prompt(clicks=(Click(x=x, y=y, positive=True),))
         found = predict(ladder, encoded, prompt, proposals=10).proposals
         for mask in (p.mask for p in predict(segmenter, encoded, prompt, proposals=3).proposals if p.mask.any()):
             assert max(iou(mask, p.mask) for p in found) > 0.84
-        levels = [p.granularity.level for p in found]
-        assert levels == sorted(levels)
+        levels = [p.granularity.level for p in found if p.granularity is not None]
+        assert levels == sorted(set(levels))
+        for level in range(1, 11):
+            mask = predict(ladder, encoded, Prompt(clicks=prompt.clicks, granularity=Granularity(level))).best.mask
+            assert max(iou(mask, p.mask) for p in found if p.granularity is not None) > 0.8
 
 
 def test_no_level_of_a_first_click_is_smaller_than_the_one_before(ladder, encoded):
