@@ -1,5 +1,9 @@
 """The WSGI entry: settings, then the service, then the app. Importing anything else starts nothing."""
 
+import os
+
+os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")  # as `supervisor` does, for whoever starts gunicorn by hand
+
 from ml_backend import logs
 from ml_backend.app import create_app
 from ml_backend.service import Service

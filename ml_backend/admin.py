@@ -15,7 +15,7 @@ from pathlib import Path
 from flask import Blueprint, flash, render_template
 from werkzeug.exceptions import HTTPException
 
-from ml_backend import queues
+from ml_backend import metrics, queues
 from ml_backend.admin_checks import Checks
 from ml_backend.admin_common import FILTERS, Answer, known_lines, show_at, telling
 from ml_backend.admin_corrections import add_corrections
@@ -61,6 +61,7 @@ def make_admin(service: Service) -> Blueprint:
             disks=_disks(settings),
             embeddings_bytes=_size_of(settings.shared / "embeddings"),
             answers=len(service.answers),
+            cache=metrics.cache_counts(),
             dashboard=settings.rq_dashboard_url,
         )
 

@@ -174,11 +174,13 @@ class _Guard:
         """End the session for whoever has a copy of its cookie, too.
 
         Raises:
-            OSError: that could not be written down; the session goes on.
+            OSError: that could not be written down; this browser is logged out, copies of the cookie are not.
         """
-        if "id" in session:
-            self._ended.end(session["id"])
-        session.clear()
+        try:
+            if "id" in session:
+                self._ended.end(session["id"])
+        finally:
+            session.clear()
 
     def _refuse_admins(self) -> Response | None:
         lasts_s = _SESSION.total_seconds() - (time.time() - session.get("since", 0.0))  # a cookie is renewed
@@ -284,7 +286,11 @@ def _login_pages(guard: _Guard) -> Blueprint:
             guard.log_out()
         except OSError as error:
             log.error("a session of the admin page could not be ended: %s", error)
-            return say(503, "the session could not be ended, since the disk cannot be written; make room and try again")
+            return say(
+                503,
+                "this browser is logged out, but the session could not be ended, since the disk cannot be written: "
+                "copies of its cookie stay valid for up to twelve hours; a new admin's password ends them",
+            )
         return _to("/admin/login")
 
     return pages

@@ -407,12 +407,18 @@ def _worker(settings: Settings, connection: redis.Redis, url: str) -> Iterator[C
 
 
 def _trainer(settings: Settings, url: str) -> Iterator[Check]:
-    missing = why_no_trainings(queues.look(url))
+    found = queues.look(url)
+    if found.error is not None:
+        remedy = "mend that Redis and run the doctor again: python -m ml_backend doctor"
+        yield Check("trainer", "warning", f"whether there is one cannot be told: Redis: {found.error}", remedy)
+        return
+    missing = why_no_trainings(found)
     if not missing:
         yield Check("trainer", "ok", "one has reported lately")
         return
-    where = ", on the machine that keeps the ledger" if settings.ledger == "elsewhere" else ""
-    remedy = f"python -m ml_backend trainer{where} (make run starts one by itself)"
+    remedy = "python -m ml_backend trainer (make run starts one by itself)"
+    if settings.ledger == "elsewhere":
+        remedy = "on the machine that keeps the ledger: python -m ml_backend trainer"
     yield Check("trainer", "warning", missing[0].partition(";")[0], remedy)
 
 

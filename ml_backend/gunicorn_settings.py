@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import struct
 import sys
@@ -57,7 +58,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         stays = super().handle(conn)
         if stays is False:
             with contextlib.suppress(OSError):
-                util.close_graceful(conn.sock.dup())
+                util.close_graceful(socket.socket(fileno=os.dup(conn.sock.fileno())))  # TLS knows no dup()
                 conn.sock.shutdown(socket.SHUT_RDWR)  # so that gunicorn has nothing to wait for
         return stays
 

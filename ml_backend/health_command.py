@@ -7,6 +7,7 @@ import socket
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import IO
 
 from ml_backend.settings import Settings
@@ -34,7 +35,7 @@ def ask_health(settings: Settings, *, ready: bool = False) -> Told:
     except urllib.error.HTTPError as error:
         told = _read(error)
         return told if told.reasons else Told((f"{url} answers {error.code}",))
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         return Told((f"{url} does not answer ({error}); is the web process running?",))
 
 
@@ -42,6 +43,8 @@ def _read(answer: IO[bytes]) -> Told:
     try:
         said = json.load(answer)
         return Told(*(tuple(str(one) for one in said.get(name, ())) for name in ("reasons", "notes")))
+    except HTTPException as error:
+        return Told((f"the web process's answer breaks off ({error})",))
     except (OSError, ValueError, AttributeError, TypeError):
         return Told()
 

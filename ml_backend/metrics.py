@@ -119,6 +119,20 @@ class StateCollector:
             return self._found
 
 
+def cache_counts() -> dict[str, int]:
+    """Return embeddings by source, and prompts answered from memory (repeated), over all that `exposition` counts."""
+    registry = CollectorRegistry()
+    try:
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    except ValueError:
+        registry = REGISTRY
+    counts = {"memory": 0, "disk": 0, "encoded": 0, "repeated": 0}
+    for sample in (sample for metric in registry.collect() for sample in metric.samples):
+        if sample.name in ("graco_embeddings_total", "graco_repeated_answers_total"):
+            counts[sample.labels.get("source", "repeated")] += int(sample.value)
+    return counts
+
+
 def exposition(state: StateCollector) -> bytes:
     """Return everything in Prometheus' text format: the counts of this process, or of all where they share a folder."""
     registry = CollectorRegistry()

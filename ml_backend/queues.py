@@ -87,13 +87,14 @@ def _queue(connection: redis.Redis, name: str) -> QueueState:
 
 
 def _workers(connection: redis.Redis) -> tuple[WorkerState, ...]:
-    keys = sorted(Worker.all_keys(connection=connection))[:_MOST_WORKERS]
+    keys = sorted(Worker.all_keys(connection=connection))
     with connection.pipeline(transaction=False) as pipeline:
         for key in keys:
             pipeline.hmget(key, "queues", "state", "last_heartbeat", "current_job", "hostname")
         answers = pipeline.execute() if keys else []
     found = []
-    for key, values in zip(keys, answers, strict=True):
+    known = [(key, values) for key, values in zip(keys, answers, strict=True) if any(values)]  # not killed ones' keys
+    for key, values in known[:_MOST_WORKERS]:
         queues, state, beat, job, host = (None if value is None else value.decode() for value in values)
         found.append(
             WorkerState(

@@ -39,8 +39,9 @@ class EndedSessions:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / session).touch()
-        sync(self._folder)
-        for file in self._folder.iterdir():
-            with suppress(OSError):  # another process forgets it as well
-                if time.time() - file.stat().st_mtime > self._lasting_s:
-                    file.unlink()
+        with suppress(OSError):  # it is ended, though a power failure may undo that
+            sync(self._folder)
+            for file in self._folder.iterdir():
+                with suppress(OSError):  # another process forgets it as well
+                    if time.time() - file.stat().st_mtime > self._lasting_s:
+                        file.unlink()

@@ -78,7 +78,9 @@ class Settings(BaseSettings):
     proxies: int = Field(0, ge=0, le=8, description="reverse proxies in front, whose X-Forwarded- headers are believed")
     requests_per_minute: int = Field(12_000, ge=0, description="requests answered to one address in a minute; 0: all")
     request_max_tasks: int = Field(5000, ge=1, description="tasks answered in one batch prediction")
-    request_time_s: float = Field(60, ge=1, description="longest time for the body of a request to arrive")
+    request_time_s: float = Field(
+        60, ge=1, description="longest time for the body of a request to arrive; a second more for each MB it announces"
+    )
 
     family: Literal["light", "graco"] = Field(
         "light", description="model: light, the default, or graco: published SimpleClick and GraCo checkpoints"

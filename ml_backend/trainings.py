@@ -385,7 +385,8 @@ class _Worker(Worker):
 
     def register_birth(self) -> None:
         """Become known, unless it is already; a Redis that has lost it is told again."""
-        if not self.connection.hexists(self.key, "birth"):
+        listed = self.connection.sismember(self.redis_workers_keys, self.key)  # not by rq's heartbeat of a training
+        if not (listed and self.connection.hexists(self.key, "birth")):
             self.connection.delete(self.key)
             super().register_birth()  # type: ignore[no-untyped-call]
 

@@ -163,6 +163,25 @@ def test_label_studio_lets_a_backend_on_a_private_address_in():
     assert settings["LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN"] == "true"
 
 
+def test_prometheus_asks_the_web_service_at_its_port_with_the_password_that_it_mounts():
+    job = yaml.safe_load((DOCKER / "prometheus.yml").read_text())["scrape_configs"][0]
+    guide = (ROOT / "docs" / "observability.md").read_text()
+    for target in job["static_configs"][0]["targets"]:
+        name, _, port = target.partition(":")
+        assert SERVICES[name]["command"] == ["web"]
+        assert SERVICES[name]["ports"][0].endswith(f":{port}")
+        assert f'targets: ["{target}"]' in guide
+    assert job["basic_auth"]["username"] == Settings.model_fields["username"].default
+    assert job["basic_auth"]["password_file"] == SERVICES["web"]["environment"]["GRACO_PASSWORD_FILE"]
+
+
+def test_a_missing_trainer_wakes_somebody_up_after_minutes_not_at_once():
+    rules = yaml.safe_load((DOCKER / "prometheus-alerts.yml").read_text())["groups"][0]["rules"]
+    (rule,) = (rule for rule in rules if 'graco_workers{queue="training"}' in rule["expr"])
+    assert rule["expr"].endswith("< 1")
+    assert re.fullmatch(r"\d+m", rule["for"])
+
+
 def test_redis_keeps_an_append_only_file_and_is_reached_by_the_backend_alone():
     assert SERVICES["redis"]["command"][:3] == ["redis-server", "--appendonly", "yes"]
     assert SERVICES["redis"]["networks"] == ["backend"]

@@ -21,6 +21,7 @@ from active_learning.corrections import CorrectionStore
 from ml_backend.app import create_app
 from ml_backend.inbox import ATTEMPTS
 from ml_backend.jobs import CORRECTIONS
+from ml_backend.metrics import cache_counts
 from ml_backend.settings import Settings
 from ml_backend.trainings import folder_of
 from tests.active_learning.corrected import correction
@@ -101,6 +102,28 @@ def test_the_overview_shows_queues_workers_with_their_heartbeat_and_what_serves(
         assert any(row.startswith("worker-1 corrections ✓ ok") and row.endswith("s ago") for row in rows), rows
         assert any(row.startswith(f"project-3 {two[0].id} light-") for row in rows), rows
         worker.register_death()
+
+
+def test_the_overview_shows_hits_and_misses_of_encoded_images_in_one_process(make_admin):
+    client, service = make_admin()
+    wait_until(lambda: service.ready)
+    before = cache_counts()
+    for _ in range(3):
+        service.encode_kept("a" * 64, lambda: np.zeros((32, 32, 3), np.uint8))
+    found = cache_counts()
+    grown = {name: count - before[name] for name, count in found.items()}
+    assert grown == {"memory": 2, "disk": 0, "encoded": 1, "repeated": 0}
+    text = page(client, "/admin")
+    assert f"{found['memory']} found in memory, {found['disk']} on disk; {found['encoded']} missed and encoded" in text
+
+
+def test_the_overview_adds_the_hits_and_misses_of_all_processes_that_one_run_started(make_admin, tmp_path, monkeypatch):
+    count = "from ml_backend.metrics import EMBEDDINGS as e; e.labels('memory').inc(35); e.labels('encoded').inc(4)"
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", count], cwd=ROOT, check=True)
+    client, _ = make_admin(start=False)
+    assert "70 found in memory, 0 on disk; 8 missed and encoded" in page(client, "/admin")
 
 
 def test_missing_workers_are_told_with_what_starts_them_and_rq_dashboard_is_linked_where_it_is_named(

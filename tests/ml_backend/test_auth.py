@@ -1,6 +1,7 @@
 """Who is let in where, with what; what is counted against whom; where secrets come from."""
 
 import base64
+import errno
 import io
 import itertools
 import json
@@ -340,6 +341,18 @@ def test_a_logout_that_cannot_be_written_down_says_so(guarded, tmp_path):
     told = log_out(client)
     assert told.status_code == 503
     assert "could not be ended" in told.json["error"]
+    assert "twelve hours" in told.json["error"]
+    assert not opens(client), "at least this browser is logged out"
+
+
+def test_a_logout_that_is_written_down_is_one_though_the_disk_does_not_confirm_it(guarded, monkeypatch):
+    app = guarded()
+    client = app.test_client()
+    log_in(client)
+    cookie = copied(client)
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, "no answer")))
+    assert log_out(client).status_code == 303
+    assert not opens(with_cookie(app, cookie))
 
 
 def test_over_https_the_cookie_is_secure(guarded):

@@ -389,6 +389,18 @@ def test_a_trainer_that_nobody_has_heard_of_is_told_with_the_command_that_starts
     assert check(settings(redis_url=redis_url), "trainer").status == "ok"
 
 
+def test_where_the_ledger_is_elsewhere_the_trainer_has_to_be_started_there(settings, redis_url, working, tmp_path):
+    found = check(settings(redis_url=redis_url, shared_dir=tmp_path, ledger="elsewhere"), "trainer")
+    assert found.remedy == "on the machine that keeps the ledger: python -m ml_backend trainer"
+
+
+def test_a_redis_that_cannot_be_looked_into_is_not_taken_for_one_with_a_trainer(settings, redis_url, working):
+    working.connection.set(f"rq:queue:{TRAINING}", "no queue")
+    found = check(settings(redis_url=redis_url), "trainer")
+    assert found.status == "warning"
+    assert "cannot be told" in found.seen
+
+
 def test_a_queue_that_stands_still(settings, redis_url, queue, working):
     job = queue.enqueue_call(refuse)
     job.enqueued_at = datetime.now(UTC) - timedelta(hours=1)

@@ -104,3 +104,22 @@ def test_threads_of_the_web_process_keep_no_buffers_once_they_have_computed():
     kept = alone(print_what_threads_hold, **without)[0]
     assert kept > 10, "else this shows nothing"
     assert alone(print_what_threads_hold, **settings)[0] < kept / 4
+
+
+def test_a_web_process_that_was_started_by_hand_keeps_no_buffers_either():
+    script = """
+import os, sys
+
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("MKL_DISABLE_FAST_MM"), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Watch())
+import _wsgi
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MKL")}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "1\n", done.stderr

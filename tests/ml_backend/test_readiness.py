@@ -1,6 +1,7 @@
 """Alive is not ready: the model, Redis, and a worker that has been heard of."""
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from ml_backend.app import create_app
 from ml_backend.health_command import Told, ask_health
 from ml_backend.queues import look
 from ml_backend.readiness import why_no_corrections
+from ml_backend.settings import Settings
 from tests.conftest import ROOT
 from tests.ml_backend.conftest import wait_until
 
@@ -110,7 +112,16 @@ def test_a_killed_worker_is_forgotten_within_two_minutes(redis_url, worker):
         worker.wait(10)
         assert 0 < connection.ttl(key) <= 120
         connection.delete(key)  # what Redis does then
+        assert Worker.all_keys(connection=connection) == [key]  # until some worker cleans up
+    assert look(redis_url).workers == ()
     assert why_no_corrections(look(redis_url)) != []
+
+
+def test_a_crowd_of_killed_workers_hides_none_that_lives(redis_url, worker):
+    with redis.Redis.from_url(redis_url) as connection:
+        connection.sadd("rq:workers", *(f"rq:worker:{number:04}" for number in range(200)))
+    wait_until(lambda: why_no_corrections(look(redis_url)) == [])
+    assert len(look(redis_url).workers) == 1
 
 
 def test_a_missing_trainer_is_a_note_that_keeps_nobody_from_being_ready(make_service, redis_url, worker, start):
@@ -154,6 +165,24 @@ def test_a_waiting_trainer_is_known_to_redis_until_it_is_killed_and_is_told_of_a
         trainer.kill()
         trainer.wait(10)
         assert 0 < connection.ttl(key) <= 120
+
+
+def test_an_answer_that_breaks_off_or_is_no_http_is_a_reason_and_no_error():
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: 400\r\n\r\n{"
+    for sent, said in ((whole, "breaks off"), (whole.replace(b"200 OK", b"503 No"), "breaks off"), (b"x\r\n\r\n", "x")):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            thread = threading.Thread(target=answer_once, args=[server, sent])
+            thread.start()
+            (reason,) = ask_health(Settings(port=server.getsockname()[1])).reasons
+            thread.join()
+        assert said in reason
+
+
+def answer_once(server, sent):
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(4096)
+        connection.sendall(sent)
 
 
 def test_liveness_alone_is_200_whatever_is_missing(make_service, tmp_path, monkeypatch):

@@ -19,8 +19,10 @@ from active_learning.corrections import CorrectionStore
 from active_learning.images import ImageStore
 from active_learning.registry import AdapterRegistry
 from ml_backend.jobs import connect
+from ml_backend.queues import look
+from ml_backend.readiness import why_no_trainings
 from ml_backend.settings import Settings
-from ml_backend.trainings import TRAINING, Patience, folder_of, line_of, request, requeue, train, why_not
+from ml_backend.trainings import TRAINING, Patience, _Worker, folder_of, line_of, request, requeue, train, why_not
 from tests.active_learning.test_cycle import fill
 from tests.conftest import ROOT
 from tests.ml_backend.conftest import wait_until
@@ -55,6 +57,20 @@ def trainer(settings: Settings) -> subprocess.Popen[bytes]:
 def children(pid: int) -> list[int]:
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in found]
+
+
+def test_a_trainer_whose_redis_is_emptied_in_mid_training_is_known_again_afterwards(connection, redis_url):
+    queue = Queue(TRAINING, connection=connection, serializer=JSONSerializer)
+    worker = _Worker([queue], connection=connection, serializer=JSONSerializer)
+    worker.report()
+    job = queue.enqueue_call(time.time)
+    execution = worker.prepare_execution(job)
+    connection.flushall()
+    worker.maintain_heartbeats(job, execution)  # as while it trains
+    assert connection.hexists(worker.key, "birth")
+    worker.report()
+    assert why_no_trainings(look(redis_url)) == []
+    assert [one.name for one in look(redis_url).workers] == [worker.name]
 
 
 def test_asking_again_while_a_training_waits_queues_one_job(settings, connection):
