@@ -228,12 +228,12 @@ def _photos(
     groups: list[Group] = []
     named: list[Group] = []
     sheet: list[TrainingPhoto] = []
+
+    def views(digest: str, further: int) -> Sequence[View]:
+        rng = np.random.default_rng([recipe.view_seed, *bytes.fromhex(digest[:16])])
+        return [PLAIN, *(View.random(rng, recipe.smallest_view) for _ in range(further))]
+
     for part in recipe.sets:
-
-        def views(digest: str, further: int) -> Sequence[View]:
-            rng = np.random.default_rng([recipe.view_seed, *bytes.fromhex(digest[:16])])
-            return [PLAIN, *(View.random(rng, recipe.smallest_view) for _ in range(further))]
-
         found = read_annotations(data / part.path, split=part.split)
         photos = photos_of(found, partial(views, further=part.views))
         groups.append((part.share, photos))
