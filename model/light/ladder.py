@@ -26,6 +26,7 @@ CELL = SIDE // GRID
 """Pixels of the square along one side of a cell of the embedding."""
 LOGITS_PER_CELL = 4
 """Rows and columns of logits that one cell of the embedding becomes."""
+_WHOLE_WEIGHT = 20  # of level 1.0 beside each other level, where a ladder is made to grow: the whole hardly moves
 _LEAST_SHARE = 0.02  # of each of the base's masks in an untrained level's, so that it can still grow
 
 
@@ -130,7 +131,8 @@ def cells(height: int, width: int) -> tuple[int, int]:
 def growing(logits: Tensor) -> Tensor:
     """Return logits of levels, B, L, rows, columns, whose masks do not shrink from one level to the next.
 
-    Of a prompt where one did, each pixel's logits are replaced by the nearest that fall nowhere (least squares).
+    Of a prompt where one did, each pixel's logits are replaced by the nearest that fall nowhere (weighted least squares;
+    the last level counts most).
 
     Source: the max-min formula of isotonic regression (Robertson, Wright, Dykstra 1988, theorem 1.4.4).
     """
@@ -144,14 +146,15 @@ def growing(logits: Tensor) -> Tensor:
 
 
 def _isotonic(values: Tensor) -> Tensor:
-    """Return the values nearest to `values`, B, L, rows, columns, that fall nowhere along L."""
+    """Return the values nearest to `values`, B, L, rows, columns, that fall nowhere along L; the last counts most."""
     count = values.shape[1]
-    sums = F.pad(values.cumsum(dim=1), (0, 0, 0, 0, 1, 0))
+    weights = values.new_ones(count, 1, 1)
+    weights[-1] = _WHOLE_WEIGHT
+    sums, masses = (F.pad(x.cumsum(dim=-3), (0, 0, 0, 0, 1, 0)) for x in (values * weights, weights))
     fitted = torch.full_like(values, -torch.inf)
     for first in range(count):
-        lengths = torch.arange(1, count - first + 1, device=values.device)[:, None, None]
-        means = (sums[:, first + 1 :] - sums[:, first : first + 1]) / lengths  # of first .. each later one
-        least = means.flip(1).cummin(dim=1).values.flip(1)
+        means = (sums[:, first + 1 :] - sums[:, first : first + 1]) / (masses[first + 1 :] - masses[first])
+        least = means.flip(1).cummin(dim=1).values.flip(1)  # of first .. each later one
         fitted[:, first:] = torch.maximum(fitted[:, first:], least)
     return fitted
 
