@@ -72,6 +72,34 @@ class Fit:
         return np.asarray(whole, dtype=np.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class Focus:
+    """A part of an image: a box of whole pixels, first and last of rows and columns."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.bottom - self.top + 1, self.right - self.left + 1
+
+    def holds(self, row: int, column: int) -> bool:
+        """Whether a pixel lies inside; the last row and column count as outside, as published."""
+        return self.top <= row < self.bottom and self.left <= column < self.right
+
+    def covers(self, x: float, y: float) -> bool:
+        """Whether a place, in pixels of the image, lies inside or on the border."""
+        return self.left <= x <= self.right + 1 and self.top <= y <= self.bottom + 1
+
+    def overlap(self, other: Focus) -> float:
+        """Return the product of the IoUs along rows and along columns."""
+        rows = _overlap(self.top, self.bottom, other.top, other.bottom)
+        return rows * _overlap(self.left, self.right, other.left, other.right)
+
+
 def clip_box(box: Box, height: int, width: int) -> Box:
     """Return the part of `box` that lies in the image.
 
@@ -83,3 +111,7 @@ def clip_box(box: Box, height: int, width: int) -> Box:
     if left >= right or top >= bottom:
         raise Refusal(f"the box {box} lies outside the image of {width} x {height} pixels")
     return Box(left=left, top=top, right=right, bottom=bottom)
+
+
+def _overlap(a: int, b: int, c: int, d: int) -> float:
+    return max(0, min(b, d) - max(a, c) + 1) / max(1e-6, max(b, d) - min(a, c) + 1)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.adapter import AdapterFile, read_adapter
-from model.geometry import FloatMap
+from model.geometry import FloatMap, Focus
 from model.graco.inputs import WINDOW, Architecture, LowRank, click_disks, normalise, row_of
 from model.graco.runtime import Runtime, make_runtime
 from model.graco.weights import LEVEL, LEVEL_EMBEDDING, PHRASE, PHRASE_BIAS, PHRASE_WEIGHT, RANK, read_base
@@ -43,30 +43,6 @@ class Phrases(Protocol):
 
     def encode(self, phrases: Sequence[str]) -> Tensor:
         """Return one fp32 row for each phrase: N, 512."""
-
-
-@dataclass(frozen=True, slots=True)
-class Focus:
-    """A box of whole pixels, first and last of rows and columns."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self.bottom - self.top + 1, self.right - self.left + 1
-
-    def holds(self, row: int, column: int) -> bool:
-        """Whether a pixel lies inside; the last row and column count as outside, as published."""
-        return self.top <= row < self.bottom and self.left <= column < self.right
-
-    def overlap(self, other: Focus) -> float:
-        """Return the product of the IoUs along rows and along columns."""
-        rows = _overlap(self.top, self.bottom, other.top, other.bottom)
-        return rows * _overlap(self.left, self.right, other.left, other.right)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -388,10 +364,6 @@ def _widened(places: Sequence[int], size: int) -> tuple[int, int]:
     first, last = min(places), max(places)
     middle, length = 0.5 * (first + last), max(_EXPANSION * (last - first + 1), _SMALLEST_FOCUS)
     return max(0, round(middle - 0.5 * length)), min(size - 1, round(middle + 0.5 * length))
-
-
-def _overlap(a: int, b: int, c: int, d: int) -> float:
-    return max(0, min(b, d) - max(a, c) + 1) / max(1e-6, max(b, d) - min(a, c) + 1)
 
 
 def _expected_iou(probability: FloatMap, mask: Mask) -> float:

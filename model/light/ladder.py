@@ -131,8 +131,8 @@ def cells(height: int, width: int) -> tuple[int, int]:
 def growing(logits: Tensor) -> Tensor:
     """Return logits of levels, B, L, rows, columns, whose masks do not shrink from one level to the next.
 
-    Of a prompt where one did, each pixel's logits are replaced by the nearest that fall nowhere (weighted least squares;
-    the last level counts most).
+    Of a prompt where one did, each pixel's logits are replaced by the nearest that fall nowhere (least squares; the
+    last level counts most).
 
     Source: the max-min formula of isotonic regression (Robertson, Wright, Dykstra 1988, theorem 1.4.4).
     """

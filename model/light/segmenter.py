@@ -1,8 +1,9 @@
 """The `light` family as a `Segmenter`: one encoder run per image, one decoder pass per click.
 
-With an adapter a prompt with a level or a phrase goes to the ladder decoder, whose pass answers all ten levels; one
-with neither goes to the base's decoder, as if there were no adapter. Without an adapter a level chooses among the
-base's three masks (tokens 1-3) by rank of area: levels 1-3 the smallest, 4-7 the middle, 8-10 the largest.
+With an adapter a prompt with a level or a phrase goes to the ladder decoder, whose pass answers all ten levels; from
+the fourth click on it looks closer at small things (`model.light.focus`). One with neither goes to the base's decoder,
+as if there were no adapter. Without an adapter a level chooses among the base's three masks (tokens 1-3) by rank of
+area: levels 1-3 the smallest, 4-7 the middle, 8-10 the largest.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from model.geometry import Fit, FloatMap, clip_box
+from model.geometry import Fit, FloatMap, Focus, clip_box
+from model.light import focus
 from model.light.adapter import LadderAdapter, load_ladder
 from model.light.encoder import EncoderRuntime, make_encoder
+from model.light.focus import Look
 from model.light.ladder import cells, fill_square, growing
 from model.light.network import (
     BOX_BOTTOM_RIGHT,
@@ -45,6 +48,8 @@ _DECODING = threading.Lock()  # passes side by side on the same cores take longe
 _MEAN = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1)
 _STD = torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1)
 _SINGLE, _MULTI = 0, (1, 2, 3)  # mask tokens
+_FIRST_SHARED = 3  # click from which on the base has a say in wholes: where outlines are fine it is the better one then
+_WHOLE = Granularity(LEVELS)
 _RANK_LEVELS = (Granularity(2), Granularity(5), Granularity(10))  # where the three masks stand, small to large
 
 
@@ -69,16 +74,17 @@ class LightState:
 class LadderState:
     """The ladder decoder's answer to the clicks so far: levels 1 .. 10, then the phrase's if there was one."""
 
-    logits: npt.NDArray[np.float16]  # 10 or 11, 256, 256
+    logits: npt.NDArray[np.float16]  # 10 or 11, 256, 256, in the square of `look`
     scores: tuple[float, ...]  # expected IoU of each, 0..1
+    look: Look
 
     def token(self, prompt: Prompt) -> int:
         """Return the place of the mask that answers `prompt`: its level's, else the phrase's."""
         return LEVELS if prompt.granularity is None else prompt.granularity.level - 1
 
-    def ladder(self, fit: Fit) -> list[int]:
+    def ladder(self) -> list[int]:
         """Return the levels (0 .. 9) whose masks differ, best score first; of those alike the best stands for all."""
-        height, width = _filled(fit, self.logits.shape[1])
+        height, width = _filled(self.look.fit, self.logits.shape[1])
         masks = self.logits[:LEVELS, :height, :width] > 0
         by_score = sorted(range(LEVELS), key=lambda level: -self.scores[level])
         return differing([(level, masks[level]) for level in by_score])
@@ -212,42 +218,52 @@ class LightSegmenter:
 
     @property
     def encoding(self) -> str:
-        """Weights and runtime of the encoder."""
-        return f"{self.version}-{self._encoder.name}"
+        """Weights and runtime of the encoder, and that the photo is kept beside the embedding."""
+        return f"{self.version}-{self._encoder.name}-photo"
 
     def encode(self, image: RGBImage) -> Encoded:
-        """Return the embedding of `image`, fp16 wherever it is kept, so that a cached one answers alike."""
+        """Return the embedding of `image`, fp16 so that a cached one answers alike, and the image to look closer at."""
         fit = Fit(image.shape[0], image.shape[1], SIDE)
-        resized = torch.from_numpy(fit.resize(image).copy()).permute(2, 0, 1).float()
+        tensors = {"embedding": self._embedding(fit.resize(image)), "photo": focus.kept(image)}
+        return Encoded(tensors, fit.height, fit.width)
+
+    def _embedding(self, resized: RGBImage) -> Tensor:
+        """Return what the encoder makes of an image that is resized to its square: 1, 256, 64, 64, fp16."""
+        read = torch.from_numpy(resized.copy()).permute(2, 0, 1).float()
         pixels = torch.zeros(1, 3, SIDE, SIDE)
-        pixels[0, :, : resized.shape[1], : resized.shape[2]] = (resized - _MEAN) / _STD
-        return Encoded({"embedding": self._encoder(pixels).half().cpu().contiguous()}, fit.height, fit.width)
+        pixels[0, :, : read.shape[1], : read.shape[2]] = (read - _MEAN) / _STD
+        return self._encoder(pixels).half().cpu().contiguous()
 
     def step(
         self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState | None
     ) -> LightState | LadderState:
         """Return the decoder's answer to all clicks of `prompt`, the chosen mask of `state` as its previous mask."""
-        fit = Fit(encoded.height, encoded.width, SIDE)
-        xy, kinds = _points(prompt, fit)
-        previous = None
-        if state is not None:
-            shown = state.token(replace(prompt, clicks=prompt.clicks[:-1]))
-            previous = torch.from_numpy(state.logits[shown]).to(self._device).float()[None, None]
+        shown = None if state is None else state.token(replace(prompt, clicks=prompt.clicks[:-1]))
+        previous = None if state is None or shown is None else np.asarray(state.logits[shown], np.float32)
+        if self._adapter is not None and (prompt.granularity is not None or prompt.phrase is not None):
+            assert not isinstance(state, LightState)
+            return self._climb(self._adapter, encoded, prompt, previous, None if state is None else state.look)
         with _DECODING, torch.inference_mode():
             embedding = encoded.tensors["embedding"].to(self._device).float()
-            points = self._prompt_encoder.points(xy.to(self._device), kinds.to(self._device))
-            image = embedding + self._prompt_encoder.dense(previous)
-            if self._adapter is not None and (prompt.granularity is not None or prompt.phrase is not None):
-                return self._climb(self._adapter, image, points, prompt.phrase, fit, first=state is None)
+            image, points = self._asked(embedding, prompt, _whole(encoded), previous)
             logits, scores = self._mask_decoder(image, self._grid, points)
         values = logits[0].float().cpu().numpy()
-        height, width = _filled(fit, values.shape[1])
+        height, width = _filled(Fit(encoded.height, encoded.width, SIDE), values.shape[1])
         areas = [np.count_nonzero(values[token, :height, :width] > 0) for token in _MULTI]
         return LightState(
             values,
             tuple(float(s) for s in scores[0].clamp(0, 1)),
             tuple(_MULTI[i] for i in np.argsort(areas, kind="stable")),
         )
+
+    def _asked(
+        self, embedding: Tensor, prompt: Prompt, seen: Focus, previous: FloatMap | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what a decoder reads: the embedding with the previous mask added, and the vectors of the prompt."""
+        xy, kinds = _points(prompt, seen)
+        before = None if previous is None else torch.from_numpy(previous).to(self._device)[None, None]
+        points = self._prompt_encoder.points(xy.to(self._device), kinds.to(self._device))
+        return embedding + self._prompt_encoder.dense(before), points
 
     def steps(
         self, encoded: Encoded, prompts: Sequence[Prompt], states: Sequence[LightState | LadderState | None]
@@ -256,26 +272,56 @@ class LightSegmenter:
         return [self.step(encoded, prompt, state) for prompt, state in zip(prompts, states, strict=True)]
 
     def _climb(
-        self, adapter: LadderAdapter, image: Tensor, points: Tensor, phrase: str | None, fit: Fit, *, first: bool
+        self,
+        adapter: LadderAdapter,
+        encoded: Encoded,
+        prompt: Prompt,
+        previous: FloatMap | None,
+        last: Look | None,
     ) -> LadderState:
-        rows, columns = cells(*fit.resized)
-        image, position = image[..., :rows, :columns], self._grid[..., :rows, :columns]
-        ladder = adapter.answer(image, position, points, phrase)
-        answers = ladder.logits.float()
-        if first:
-            answers[:, :LEVELS] = growing(answers[:, :LEVELS])
-        logits = fill_square(answers)[0].half().cpu().numpy()
-        return LadderState(logits, tuple(float(s) for s in ladder.scores[0].sigmoid()))
+        """Return the ladder's answer to all clicks of `prompt`; `last` is where the one before was answered."""
+        look = Look(_whole(encoded), encoded.tensors["embedding"]) if last is None else last
+        if last is not None and previous is not None and len(prompt.clicks) >= focus.FIRST_CLICK:
+            look = self._next_look(encoded, prompt, previous, last)
+            previous = previous if look is last else focus.moved(previous, last, look)
+        rows, columns = cells(*look.fit.resized)
+        with _DECODING, torch.inference_mode():
+            embedding = look.embedding.to(self._device).float()
+            image, points = self._asked(embedding, prompt, look.focus, previous)
+            position = self._grid[..., :rows, :columns]
+            ladder = adapter.answer(image[..., :rows, :columns], position, points, prompt.phrase)
+            answers = ladder.logits.float()
+            if last is None:
+                answers[:, :LEVELS] = growing(answers[:, :LEVELS])
+            if prompt.granularity == _WHOLE and len(prompt.clicks) >= _FIRST_SHARED:
+                single = self._mask_decoder(image, self._grid, points)[0][:, _SINGLE]
+                height, width = answers.shape[-2:]
+                answers[:, LEVELS - 1] = (answers[:, LEVELS - 1] + single[:, :height, :width]) / 2
+            logits = fill_square(answers)[0].half().cpu().numpy()
+        return LadderState(logits, tuple(float(s) for s in ladder.scores[0].sigmoid()), look)
+
+    def _next_look(self, encoded: Encoded, prompt: Prompt, found: FloatMap, last: Look) -> Look:
+        """Return where the last click of `prompt` is answered, encoding it if nothing before was answered there."""
+        whole = _whole(encoded)
+        places = [(click.x, click.y) for click in prompt.clicks if click.positive]
+        if prompt.box is not None:
+            places += [(prompt.box.left, prompt.box.top), (prompt.box.right, prompt.box.bottom)]
+        wanted = focus.next_focus(found, last, places, whole)
+        if wanted == last.focus:
+            return last
+        if wanted == whole:
+            return Look(whole, encoded.tensors["embedding"])
+        seen = focus.seen_in(encoded.tensors["photo"], wanted, encoded.height, encoded.width)
+        return Look(wanted, self._embedding(seen))
 
     def render(
         self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState, *, proposals: int = 1
     ) -> Prediction:
         """Return the chosen mask; with no level perhaps several, best first: the ladder's, or the base's."""
-        fit = Fit(encoded.height, encoded.width, SIDE)
         tokens: dict[int, Granularity | None]
         if isinstance(state, LadderState):
             if prompt.granularity is None and prompt.phrase is None:
-                levels = (state.ladder(fit) or [LEVELS - 1])[:proposals]
+                levels = (state.ladder() or [LEVELS - 1])[:proposals]
                 tokens = {level: Granularity(level + 1) for level in levels}
             else:
                 tokens = {state.token(prompt): prompt.granularity}
@@ -288,7 +334,7 @@ class LightSegmenter:
                 tokens = {token: ranks[token] for token in ranked[:proposals]}
         found = [
             Proposal(
-                mask=fit.paste_back(np.asarray(state.logits[token], np.float32)) > 0,
+                mask=_map_of(encoded, state, token) > 0,
                 score=state.scores[token],
                 granularity=granularity,
             )
@@ -301,8 +347,7 @@ class LightSegmenter:
 
     def probability(self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState) -> FloatMap:
         """Return the probability map of the chosen mask."""
-        fit = Fit(encoded.height, encoded.width, SIDE)
-        logits = fit.paste_back(np.asarray(state.logits[state.token(prompt)], np.float32))
+        logits = _map_of(encoded, state, state.token(prompt))
         return np.asarray(torch.from_numpy(logits).sigmoid().numpy(), np.float32)
 
 
@@ -312,15 +357,32 @@ def _filled(fit: Fit, side: int) -> tuple[int, int]:
     return height, width
 
 
-def _points(prompt: Prompt, fit: Fit) -> tuple[Tensor, Tensor]:
-    """Return what the prompt encoder reads: points 1, N, 2 of the square and their kinds 1, N."""
-    xy = [(click.x, click.y) for click in prompt.clicks]
-    kinds = [POINT_POSITIVE if click.positive else POINT_NEGATIVE for click in prompt.clicks]
+def _whole(encoded: Encoded) -> Focus:
+    return Focus(0, encoded.height - 1, 0, encoded.width - 1)
+
+
+def _map_of(encoded: Encoded, state: LightState | LadderState, token: int) -> FloatMap:
+    """Return the logits of one answer at the image's size, H, W."""
+    logits = np.asarray(state.logits[token], np.float32)
+    if isinstance(state, LadderState):
+        return focus.pasted(logits, state.look, encoded.height, encoded.width)
+    return Fit(encoded.height, encoded.width, SIDE).paste_back(logits)
+
+
+def _points(prompt: Prompt, seen: Focus) -> tuple[Tensor, Tensor]:
+    """Return what the prompt encoder reads: points 1, N, 2 of the square of what is seen, and their kinds 1, N.
+
+    A negative click outside a focus asks for nothing: what lies there is left out already.
+    """
+    clicks = [click for click in prompt.clicks if click.positive or seen.covers(click.x, click.y)]
+    xy = [(click.x, click.y) for click in clicks]
+    kinds = [POINT_POSITIVE if click.positive else POINT_NEGATIVE for click in clicks]
     if prompt.box is not None:
-        box = clip_box(prompt.box, fit.height, fit.width)
+        box = clip_box(prompt.box, seen.bottom + 1, seen.right + 1)
         xy += [(box.left, box.top), (box.right, box.bottom)]
         kinds += [BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]
-    points = fit.to_square(np.array(xy, dtype=np.float64))
+    places = np.array(xy, dtype=np.float64) - (seen.left, seen.top)
+    points = Fit(*seen.shape, SIDE).to_square(places)
     if prompt.box is None:
         points, kinds = np.vstack([points, np.zeros((1, 2), np.float32)]), [*kinds, POINT_PADDING]
     return torch.from_numpy(points)[None], torch.tensor([kinds])

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from model.adapter import write_adapter
+from model.geometry import Focus
 from model.graco import weights
-from model.graco.segmenter import Focus, GracoSegmenter, _sampled
+from model.graco.segmenter import GracoSegmenter, _sampled
 from model.metrics import iou
 from model.segmenter import digest_of_file, load_segmenter, predict
 from model.types import Box, Click, Granularity, Prompt, Refusal
