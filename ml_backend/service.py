@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 CLICKED = "clicked"
 """File in the data folder that is touched at each click."""
-_STATES = 48  # earlier steps kept, 1 to 1.4 MiB each
+_STATES = 48  # earlier steps kept, 1 to 1.4 MiB each, and 2 more for each small thing that was looked at closer
 _WARM_QUEUE = 64  # images waiting to be encoded in the background
 _LOAD_LIMIT_S = 90  # Label Studio gives up a prediction after 100 s
 

@@ -25,8 +25,8 @@ from model.types import RGBImage
 
 FIRST_CLICK = 4
 """The first click that may be answered in a focus, which costs an encoding: most things need no more than three."""
-OUTSIDE = -32.0
-"""Logit of a pixel that lies outside the focus."""
+OUTSIDE = -10.0
+"""Logit of a pixel that lies outside the focus: surely not in the mask, and yet such as the decoder knows."""
 _EXPANSION = 2.0  # of the long side of what was found, to a side of the focus
 _SMALLEST = 64  # pixels of the image
 _LARGEST = 0.6  # of the image's long side; a focus larger than this shows little more
@@ -39,7 +39,7 @@ class Look:
     """What the encoder saw: all of an image or a focus in it."""
 
     focus: Focus
-    embedding: Tensor  # 1, 256, 64, 64, as the encoder left it
+    embedding: Tensor | None = None  # 1, 256, 64, 64, as the encoder left it; None: the image's own
 
     @property
     def fit(self) -> Fit:
@@ -81,49 +81,56 @@ def next_focus(found: FloatMap, look: Look, places: Iterable[tuple[float, float]
         places: x and y of positive clicks and of a box's corners, pixels of the image.
         whole: the image.
     """
-    rows, columns = (-(-size * LOW_RES // SIDE) for size in look.fit.resized)
+    old = look.focus
+    edge = np.array([[0, 0], [whole.right + 1, whole.bottom + 1]], np.float32)
+    wanted = np.array(list(places), np.float32).reshape(-1, 2).clip(*edge)
+    rows, columns = filled(look.fit)
     mask = found[:rows, :columns] > 0
     if not mask.any():
-        return look.focus
+        return old if all(old.covers(x, y) for x, y in wanted) else whole
     y, x = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     corners = np.array([[x[0], y[0]], [x[-1] + 1, y[-1] + 1]], np.float32) * (SIDE / LOW_RES)
-    extent = look.fit.from_square(corners) + np.array([look.focus.left, look.focus.top], np.float32)
-    points = np.concatenate([extent, np.array(list(places), np.float32).reshape(-1, 2)])
-    points = points.clip((0, 0), (whole.right + 1, whole.bottom + 1))
-    (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
-    if look.focus != whole and look.focus.covers(left, top) and look.focus.covers(right, bottom):
-        return look.focus
+    borders = np.array([[old.left, old.top], [old.right + 1, old.bottom + 1]], np.float32)
+    extent = (look.fit.from_square(corners) + borders[0]).clip(*borders)
+    corners = np.concatenate([extent, wanted])
+    (left, top), (right, bottom) = corners.min(axis=0), corners.max(axis=0)
+    if old != whole and old.covers(left, top) and old.covers(right, bottom):
+        return old
     side = max(_EXPANSION * max(bottom - top, right - left), _SMALLEST)
-    wanted = Focus(
+    focus = Focus(
         top=max(0, int((top + bottom - side) / 2)),
         bottom=min(whole.bottom, int((top + bottom + side) / 2)),
         left=max(0, int((left + right - side) / 2)),
         right=min(whole.right, int((left + right + side) / 2)),
     )
-    return wanted if max(wanted.shape) < _LARGEST * max(whole.shape) else whole
+    return focus if max(focus.shape) < _LARGEST * max(whole.shape) else whole
 
 
 def moved(logits: FloatMap, old: Look, new: Look) -> FloatMap:
-    """Return logits 256, 256 of the square of one look in the square of another; what was not seen is outside."""
-    pixel = LOW_RES / SIDE
-    (old_rows, old_columns), (new_rows, new_columns) = old.fit.resized, new.fit.resized
-    (height, width), (new_height, new_width) = old.focus.shape, new.focus.shape
-    # from places in the new square to places in the old one, both counted from the middle of the first logit
-    down, across = (new_height / new_rows) * (old_rows / height), (new_width / new_columns) * (old_columns / width)
-    top = (new.focus.top - old.focus.top) * (old_rows / height) * pixel + 0.5 * down - 0.5
-    left = (new.focus.left - old.focus.left) * (old_columns / width) * pixel + 0.5 * across - 0.5
-    there = np.array([[across, 0, left], [0, down, top]], np.float32)
-    return np.asarray(
-        cv2.warpAffine(
-            logits,
-            there,
-            (LOW_RES, LOW_RES),
-            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_CONSTANT,
-            borderValue=OUTSIDE,
-        ),
-        np.float32,
-    )
+    """Return logits 256, 256 of the square of one look in the square of another; what was not seen is outside.
+
+    As in a decoder's answer, the border of what is seen goes on into the rest of the square.
+    """
+    middles = (np.arange(LOW_RES, dtype=np.float32) + 0.5) * (SIDE / LOW_RES)  # of logits, pixels of a square
+    square = np.stack([middles, middles], axis=-1)
+    height, width = new.fit.resized
+    corner = np.array([new.focus.left, new.focus.top], np.float32)
+    places = new.fit.from_square(square.clip(0, (width, height))) + corner  # x and y, pixels of the image
+    seen_x = (old.focus.left <= places[:, 0]) & (places[:, 0] <= old.focus.right + 1)
+    seen_y = (old.focus.top <= places[:, 1]) & (places[:, 1] <= old.focus.bottom + 1)
+    rows, columns = filled(old.fit)
+    there = old.fit.to_square(places - (old.focus.left, old.focus.top)) * (LOW_RES / SIDE) - 0.5
+    x, y = there.clip(0, (columns - 1, rows - 1)).astype(np.float32).T
+    across, down = np.meshgrid(x, y)
+    found = cv2.remap(logits, across, down, interpolation=cv2.INTER_LINEAR)
+    found[~(seen_y[:, None] & seen_x)] = OUTSIDE
+    return np.asarray(found, np.float32)
+
+
+def filled(fit: Fit) -> tuple[int, int]:
+    """Return how many rows and columns of the square's 256 x 256 logits an image fills."""
+    height, width = (-(-size * LOW_RES // SIDE) for size in fit.resized)
+    return height, width
 
 
 def pasted(logits: FloatMap, look: Look, height: int, width: int) -> FloatMap:

@@ -84,7 +84,7 @@ class LadderState:
 
     def ladder(self) -> list[int]:
         """Return the levels (0 .. 9) whose masks differ, best score first; of those alike the best stands for all."""
-        height, width = _filled(self.look.fit, self.logits.shape[1])
+        height, width = focus.filled(self.look.fit)
         masks = self.logits[:LEVELS, :height, :width] > 0
         by_score = sorted(range(LEVELS), key=lambda level: -self.scores[level])
         return differing([(level, masks[level]) for level in by_score])
@@ -248,7 +248,7 @@ class LightSegmenter:
             image, points = self._asked(embedding, prompt, _whole(encoded), previous)
             logits, scores = self._mask_decoder(image, self._grid, points)
         values = logits[0].float().cpu().numpy()
-        height, width = _filled(Fit(encoded.height, encoded.width, SIDE), values.shape[1])
+        height, width = focus.filled(Fit(encoded.height, encoded.width, SIDE))
         areas = [np.count_nonzero(values[token, :height, :width] > 0) for token in _MULTI]
         return LightState(
             values,
@@ -280,20 +280,25 @@ class LightSegmenter:
         last: Look | None,
     ) -> LadderState:
         """Return the ladder's answer to all clicks of `prompt`; `last` is where the one before was answered."""
-        look = Look(_whole(encoded), encoded.tensors["embedding"]) if last is None else last
+        shared = prompt.granularity == _WHOLE and len(prompt.clicks) >= _FIRST_SHARED
+        look = Look(_whole(encoded)) if last is None else last
         if last is not None and previous is not None and len(prompt.clicks) >= focus.FIRST_CLICK:
             look = self._next_look(encoded, prompt, previous, last)
             previous = previous if look is last else focus.moved(previous, last, look)
+        if look.focus != _whole(encoded):  # what lies outside a focus is left out already
+            inside = (click for click in prompt.clicks if click.positive or look.focus.covers(click.x, click.y))
+            prompt = replace(prompt, clicks=tuple(inside))
         rows, columns = cells(*look.fit.resized)
         with _DECODING, torch.inference_mode():
-            embedding = look.embedding.to(self._device).float()
+            seen = encoded.tensors["embedding"] if look.embedding is None else look.embedding
+            embedding = seen.to(self._device).float()
             image, points = self._asked(embedding, prompt, look.focus, previous)
             position = self._grid[..., :rows, :columns]
             ladder = adapter.answer(image[..., :rows, :columns], position, points, prompt.phrase)
             answers = ladder.logits.float()
             if last is None:
                 answers[:, :LEVELS] = growing(answers[:, :LEVELS])
-            if prompt.granularity == _WHOLE and len(prompt.clicks) >= _FIRST_SHARED:
+            if shared:
                 single = self._mask_decoder(image, self._grid, points)[0][:, _SINGLE]
                 height, width = answers.shape[-2:]
                 answers[:, LEVELS - 1] = (answers[:, LEVELS - 1] + single[:, :height, :width]) / 2
@@ -310,7 +315,7 @@ class LightSegmenter:
         if wanted == last.focus:
             return last
         if wanted == whole:
-            return Look(whole, encoded.tensors["embedding"])
+            return Look(whole)
         seen = focus.seen_in(encoded.tensors["photo"], wanted, encoded.height, encoded.width)
         return Look(wanted, self._embedding(seen))
 
@@ -351,12 +356,6 @@ class LightSegmenter:
         return np.asarray(torch.from_numpy(logits).sigmoid().numpy(), np.float32)
 
 
-def _filled(fit: Fit, side: int) -> tuple[int, int]:
-    """Return how many rows and columns of a square of logits the photo fills."""
-    height, width = (-(-size * side // SIDE) for size in fit.resized)
-    return height, width
-
-
 def _whole(encoded: Encoded) -> Focus:
     return Focus(0, encoded.height - 1, 0, encoded.width - 1)
 
@@ -370,13 +369,9 @@ def _map_of(encoded: Encoded, state: LightState | LadderState, token: int) -> Fl
 
 
 def _points(prompt: Prompt, seen: Focus) -> tuple[Tensor, Tensor]:
-    """Return what the prompt encoder reads: points 1, N, 2 of the square of what is seen, and their kinds 1, N.
-
-    A negative click outside a focus asks for nothing: what lies there is left out already.
-    """
-    clicks = [click for click in prompt.clicks if click.positive or seen.covers(click.x, click.y)]
-    xy = [(click.x, click.y) for click in clicks]
-    kinds = [POINT_POSITIVE if click.positive else POINT_NEGATIVE for click in clicks]
+    """Return what the prompt encoder reads: points 1, N, 2 of the square of what is seen, and their kinds 1, N."""
+    xy = [(click.x, click.y) for click in prompt.clicks]
+    kinds = [POINT_POSITIVE if click.positive else POINT_NEGATIVE for click in prompt.clicks]
     if prompt.box is not None:
         box = clip_box(prompt.box, seen.bottom + 1, seen.right + 1)
         xy += [(box.left, box.top), (box.right, box.bottom)]
