@@ -57,6 +57,7 @@ class EmbeddingFolder:
         encoded = segmenter.encode(pixels())
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(encoded.tensors, draft)
+        size = {"height": str(encoded.height), "width": str(encoded.width)}  # the web process's cache asks for it
+        save_file(encoded.tensors, draft, metadata=size)
         draft.replace(path)
         return encoded

@@ -21,17 +21,18 @@ from torch import Tensor
 
 from model.geometry import Fit, FloatMap, Focus
 from model.light.network import LOW_RES, SIDE
-from model.types import RGBImage
+from model.types import Mask, RGBImage
 
 FIRST_CLICK = 4
 """The first click that may be answered in a focus, which costs an encoding: most things need no more than three."""
 OUTSIDE = -10.0
 """Logit of a pixel that lies outside the focus: surely not in the mask, and yet such as the decoder knows."""
 _EXPANSION = 2.0  # of the long side of what was found, to a side of the focus
-_SMALLEST = 64  # pixels of the image
+_SMALLEST = 64  # pixels of the photo as it is kept
+_SPECK = 0.05  # of the largest piece of what was found; smaller ones do not say where to look
 _LARGEST = 0.6  # of the image's long side; a focus larger than this shows little more
 _KEPT_SIDE = 2048  # pixels of the photo's long side that are kept
-_QUALITY = 95
+_QUALITY = 90
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +74,7 @@ def seen_in(photo: Tensor, focus: Focus, height: int, width: int) -> RGBImage:
 
 
 def next_focus(found: FloatMap, look: Look, places: Iterable[tuple[float, float]], whole: Focus) -> Focus:
-    """Return where to look at the next click: where the last one looked, as long as all that counts lies in there.
+    """Return where to look at the next click: where the last one looked, unless a click or what was found leaves that.
 
     Args:
         found: logits of what earlier clicks found, 256, 256, in the square of `look`.
@@ -85,18 +86,21 @@ def next_focus(found: FloatMap, look: Look, places: Iterable[tuple[float, float]
     edge = np.array([[0, 0], [whole.right + 1, whole.bottom + 1]], np.float32)
     wanted = np.array(list(places), np.float32).reshape(-1, 2).clip(*edge)
     rows, columns = filled(look.fit)
-    mask = found[:rows, :columns] > 0
+    mask = _without_specks(found[:rows, :columns] > 0)
+    held = old != whole and all(old.covers(x, y) for x, y in wanted)
     if not mask.any():
-        return old if all(old.covers(x, y) for x, y in wanted) else whole
+        return old if held else whole
     y, x = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     corners = np.array([[x[0], y[0]], [x[-1] + 1, y[-1] + 1]], np.float32) * (SIDE / LOW_RES)
     borders = np.array([[old.left, old.top], [old.right + 1, old.bottom + 1]], np.float32)
     extent = (look.fit.from_square(corners) + borders[0]).clip(*borders)
+    cut = ((extent == borders) & (borders != edge)).any()  # at a border of the focus inside the photo
+    if held and not cut:
+        return old
     corners = np.concatenate([extent, wanted])
     (left, top), (right, bottom) = corners.min(axis=0), corners.max(axis=0)
-    if old != whole and old.covers(left, top) and old.covers(right, bottom):
-        return old
-    side = max(_EXPANSION * max(bottom - top, right - left), _SMALLEST)
+    smallest = _SMALLEST * max(1.0, max(whole.shape) / _KEPT_SIDE)
+    side = max(_EXPANSION * max(bottom - top, right - left), smallest)
     focus = Focus(
         top=max(0, int((top + bottom - side) / 2)),
         bottom=min(whole.bottom, int((top + bottom + side) / 2)),
@@ -104,6 +108,15 @@ def next_focus(found: FloatMap, look: Look, places: Iterable[tuple[float, float]
         right=min(whole.right, int((left + right + side) / 2)),
     )
     return focus if max(focus.shape) < _LARGEST * max(whole.shape) else whole
+
+
+def _without_specks(mask: Mask) -> Mask:
+    """Return the pieces of a mask that are no specks beside the largest."""
+    count, pieces, facts, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    areas = facts[:, cv2.CC_STAT_AREA].copy()
+    areas[0] = 0  # all that is not in the mask
+    large = areas >= max(1.0, _SPECK * areas.max()) if count > 1 else np.zeros(1, bool)
+    return np.asarray(large[pieces])
 
 
 def moved(logits: FloatMap, old: Look, new: Look) -> FloatMap:

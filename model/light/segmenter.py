@@ -48,7 +48,9 @@ _DECODING = threading.Lock()  # passes side by side on the same cores take longe
 _MEAN = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1)
 _STD = torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1)
 _SINGLE, _MULTI = 0, (1, 2, 3)  # mask tokens
-_FIRST_SHARED = 3  # click from which on the base has a say in wholes: where outlines are fine it is the better one then
+_FIRST_WITH_BASE = (
+    3  # click from which on the base has a say in wholes: where outlines are fine it is the better one then
+)
 _WHOLE = Granularity(LEVELS)
 _RANK_LEVELS = (Granularity(2), Granularity(5), Granularity(10))  # where the three masks stand, small to large
 
@@ -280,7 +282,7 @@ class LightSegmenter:
         last: Look | None,
     ) -> LadderState:
         """Return the ladder's answer to all clicks of `prompt`; `last` is where the one before was answered."""
-        shared = prompt.granularity == _WHOLE and len(prompt.clicks) >= _FIRST_SHARED
+        with_base = prompt.granularity == _WHOLE and prompt.phrase is None and len(prompt.clicks) >= _FIRST_WITH_BASE
         look = Look(_whole(encoded)) if last is None else last
         if last is not None and previous is not None and len(prompt.clicks) >= focus.FIRST_CLICK:
             look = self._next_look(encoded, prompt, previous, last)
@@ -298,7 +300,7 @@ class LightSegmenter:
             answers = ladder.logits.float()
             if last is None:
                 answers[:, :LEVELS] = growing(answers[:, :LEVELS])
-            if shared:
+            if with_base:  # the score stays the ladder's, which is calibrated
                 single = self._mask_decoder(image, self._grid, points)[0][:, _SINGLE]
                 height, width = answers.shape[-2:]
                 answers[:, LEVELS - 1] = (answers[:, LEVELS - 1] + single[:, :height, :width]) / 2

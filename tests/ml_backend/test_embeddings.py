@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ml_backend.embeddings import EmbeddingCache
+from model.embeddings import EmbeddingFolder
 from model.segmenter import Encoded
 from tests.conftest import ROOT
 
@@ -119,6 +120,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path):
 import resource, signal, sys, torch
 from pathlib import Path
 from ml_backend.embeddings import EmbeddingCache
+from model.embeddings import EmbeddingFolder
 from model.segmenter import Encoded
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -185,6 +187,7 @@ def test_two_processes_writing_and_pruning_the_same_images_leave_only_whole_file
 import json, sys, torch
 from pathlib import Path
 from ml_backend.embeddings import EmbeddingCache
+from model.embeddings import EmbeddingFolder
 from model.segmenter import Encoded
 wrong = 0
 for round in range(80):
@@ -230,3 +233,20 @@ def test_files_of_another_encoding_and_drafts_of_a_killed_process_count_and_go_f
     assert all(cache._path(image_id).is_file() for image_id in ids(5))
     assert not any(old._path(image_id).is_file() for image_id in ids(5))
     assert (stale.exists(), fresh.exists()) == (False, True)
+
+
+class Small:
+    """Encodes to one number."""
+
+    costly_to_encode, encoding = True, "small"
+
+    def encode(self, image):
+        return Encoded({"embedding": torch.ones(1)}, 4, 6)
+
+
+def test_the_cache_reads_what_a_training_or_a_command_encoded(tmp_path):
+    folder, image_id = EmbeddingFolder(tmp_path), "ab" * 32
+    folder.encoded(Small(), image_id, lambda: None, height=4, width=6)
+    found = EmbeddingCache(tmp_path / "small", memory_bytes=KB, disk_bytes=KB).get(image_id)
+    assert found is not None
+    assert (found.height, found.width, found.tensors["embedding"].item()) == (4, 6, 1)

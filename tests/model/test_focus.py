@@ -178,14 +178,33 @@ def test_the_look_stays_as_long_as_all_that_counts_lies_in_it():
     for extent, places in (
         ((380, 400, 680, 700), [(690, 390)]),
         ((310, 490, 610, 790), [(600, 300), (800, 500)]),
-        ((300, 500, 600, 800), [(700, 400)]),
     ):
         assert next_focus(box_in(seen, *extent), seen, places, WHOLE) == seen.focus
 
 
-def test_the_look_stays_when_the_thing_fills_it_whatever_its_shape():
-    seen = look_at(Focus(300, 499, 600, 700))
-    assert next_focus(EVERYTHING, seen, [(650, 400)], WHOLE) == seen.focus
+@pytest.mark.parametrize("extent", [(300, 400, 650, 700), (400, 500, 650, 700), (380, 420, 600, 700)])
+def test_what_the_focus_cuts_off_is_looked_at_with_what_lies_beyond(extent):
+    seen = look_at(Focus(300, 499, 600, 799))
+    wanted = next_focus(box_in(seen, *extent), seen, [(660, 390)], WHOLE)
+    top, bottom, left, right = extent
+    assert wanted != WHOLE
+    assert wanted.covers(left - 10, top - 10)
+    assert wanted.covers(right + 10, bottom + 10)
+
+
+@pytest.mark.parametrize("seen", [Focus(0, 199, 0, 150), Focus(800, 999, 1350, 1499)])
+def test_the_photos_own_border_cuts_nothing_off(seen):
+    corner = box_in(look_at(seen), seen.top, seen.top + 100, seen.left, seen.left + 60)
+    if seen.top:
+        corner = box_in(look_at(seen), 950, 1000, 1450, 1500)
+    assert next_focus(corner, look_at(seen), [], WHOLE) == seen
+
+
+def test_a_speck_far_away_does_not_say_where_to_look():
+    found = box_in(look_at(WHOLE), 400, 460, 300, 360)
+    alone = next_focus(found, look_at(WHOLE), [(330, 430)], WHOLE)
+    found[-60, -20] = 1.0
+    assert next_focus(found, look_at(WHOLE), [(330, 430)], WHOLE) == alone != WHOLE
 
 
 def test_a_click_outside_the_focus_takes_the_look_there_and_far_off_to_all_of_the_photo():
@@ -477,7 +496,7 @@ def test_from_the_third_click_on_a_whole_is_the_mean_of_the_ladder_and_the_base(
         return {asked: memo[prompt] for asked, prompt in prompts.items()}
 
     shared = states()
-    monkeypatch.setattr(light, "_FIRST_SHARED", 10**6)
+    monkeypatch.setattr(light, "_FIRST_WITH_BASE", 10**6)
     alone = states()
     differing = [asked for asked in prompts if not np.array_equal(shared[asked].logits, alone[asked].logits)]
     assert differing == [(10, 3)]
@@ -493,7 +512,7 @@ def test_from_the_third_click_on_a_whole_is_the_mean_of_the_ladder_and_the_base(
 
 @pytest.mark.parametrize("journey", [10], indirect=True)
 def test_the_base_has_its_say_in_a_focus_too(journey, ladder, encoded, monkeypatch):
-    monkeypatch.setattr(light, "_FIRST_SHARED", 10**6)
+    monkeypatch.setattr(light, "_FIRST_WITH_BASE", 10**6)
     alone = ladder.step(encoded, journey.prompt(), journey.state(4))
     assert alone.look is journey.state().look
     np.testing.assert_array_equal(alone.logits[:9], journey.state().logits[:9])
