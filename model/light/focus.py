@@ -32,7 +32,7 @@ _SMALLEST = 64  # pixels of the photo as it is kept
 _SPECK = 0.05  # of the largest piece of what was found; smaller ones do not say where to look
 _LARGEST = 0.6  # of the image's long side; a focus larger than this shows little more
 _KEPT_SIDE = 2048  # pixels of the photo's long side that are kept
-_QUALITY = 90
+_QUALITY = 95
 
 
 @dataclass(frozen=True, slots=True, eq=False)
