@@ -23,6 +23,8 @@ from model.geometry import Fit, FloatMap, Focus
 from model.light.network import LOW_RES, SIDE
 from model.types import Mask, RGBImage
 
+Image.preinit()  # loads what reads and writes JPEG: now, not while an annotator waits
+
 FIRST_CLICK = 4
 """The first click that may be answered in a focus, which costs an encoding: most things need no more than three."""
 OUTSIDE = -10.0
