@@ -86,6 +86,11 @@ class Focus:
         """Rows and columns."""
         return self.bottom - self.top + 1, self.right - self.left + 1
 
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Rows and columns, to index a map of the image."""
+        return slice(self.top, self.bottom + 1), slice(self.left, self.right + 1)
+
     def holds(self, row: int, column: int) -> bool:
         """Whether a pixel lies inside; the last row and column count as outside, as published."""
         return self.top <= row < self.bottom and self.left <= column < self.right

@@ -45,13 +45,19 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Segmenter:
     return load_segmenter("light", WEIGHTS, device="cpu", encoder="exact")
 
 
+def lawn(height: int, width: int, shades: tuple[float, float, float]) -> Image.Image:
+    """Return a noisy lawn to draw on; `shades` say how much its red, green and blue grow with each pixel."""
+    y, x = np.mgrid[:height, :width]
+    red, green, blue = shades
+    grass = np.stack([90 + x * red, 140 + y * green, 80 + x * blue], axis=-1)
+    noise = np.random.default_rng(7).normal(0, 6, (height, width, 1))
+    return Image.fromarray(np.clip(grass + noise, 0, 255).astype(np.uint8))
+
+
 @pytest.fixture(scope="session")
 def scene() -> RGBImage:
     """A drawn photo, 640 x 480: a red disc on a shaded lawn, a blue door with a handle."""
-    y, x = np.mgrid[:480, :640]
-    lawn = np.stack([90 + x * 0.03, 140 + y * 0.05, 80 + x * 0.02], axis=-1)
-    noise = np.random.default_rng(7).normal(0, 6, (480, 640, 1))
-    image = Image.fromarray(np.clip(lawn + noise, 0, 255).astype(np.uint8))
+    image = lawn(480, 640, (0.03, 0.05, 0.02))
     draw = ImageDraw.Draw(image)
     draw.ellipse((100, 120, 300, 320), fill=(190, 40, 30))
     draw.rectangle((420, 100, 560, 400), fill=(30, 60, 160))

@@ -221,9 +221,8 @@ class GracoSegmenter:
         clicks = _pixels_of(prompt.clicks, encoded)
         previous = None if state is None else _paste(state, encoded)
         focus = _next_focus(previous, clicks, encoded, None if state is None else state.focus)
-        rows, columns = slice(focus.top, focus.bottom + 1), slice(focus.left, focus.right + 1)
-        image = normalise(_sampled(encoded.tensors["pixels"][rows, columns], self._size))
-        inside = torch.zeros(1, *focus.shape) if previous is None else torch.from_numpy(previous[rows, columns])[None]
+        image = normalise(_sampled(encoded.tensors["pixels"][focus.slices], self._size))
+        inside = torch.zeros(1, *focus.shape) if previous is None else torch.from_numpy(previous[focus.slices])[None]
         height, width = focus.shape
         moved = [
             (self._size * (row - focus.top) / height, self._size * (column - focus.left) / width, positive)
@@ -334,8 +333,7 @@ def _neighbours(length: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
 def _paste(state: GracoState, encoded: Encoded) -> FloatMap:
     """Return the probability map of the whole image: zero outside the focus."""
     whole = np.zeros((encoded.height, encoded.width), np.float32)
-    rows, columns = slice(state.focus.top, state.focus.bottom + 1), slice(state.focus.left, state.focus.right + 1)
-    whole[rows, columns] = _resize(torch.from_numpy(state.probability)[None], state.focus.shape)[0].numpy()
+    whole[state.focus.slices] = _resize(torch.from_numpy(state.probability)[None], state.focus.shape)[0].numpy()
     return whole
 
 

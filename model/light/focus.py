@@ -154,6 +154,5 @@ def pasted(logits: FloatMap, look: Look, height: int, width: int) -> FloatMap:
     if found.shape == (height, width):
         return found
     whole = np.full((height, width), OUTSIDE, np.float32)
-    focus = look.focus
-    whole[focus.top : focus.bottom + 1, focus.left : focus.right + 1] = found
+    whole[look.focus.slices] = found
     return whole

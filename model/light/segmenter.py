@@ -240,11 +240,10 @@ class LightSegmenter:
         self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState | None
     ) -> LightState | LadderState:
         """Return the decoder's answer to all clicks of `prompt`, the chosen mask of `state` as its previous mask."""
-        shown = None if state is None else state.token(replace(prompt, clicks=prompt.clicks[:-1]))
-        previous = None if state is None or shown is None else np.asarray(state.logits[shown], np.float32)
         if self._adapter is not None and (prompt.granularity is not None or prompt.phrase is not None):
             assert not isinstance(state, LightState)
-            return self._climb(self._adapter, encoded, prompt, previous, None if state is None else state.look)
+            return self._climb(self._adapter, encoded, prompt, state)
+        previous = None if state is None else _previous(state, prompt)
         with _DECODING, torch.inference_mode():
             embedding = encoded.tensors["embedding"].to(self._device).float()
             image, points = self._asked(embedding, prompt, _whole(encoded), previous)
@@ -274,20 +273,18 @@ class LightSegmenter:
         return [self.step(encoded, prompt, state) for prompt, state in zip(prompts, states, strict=True)]
 
     def _climb(
-        self,
-        adapter: LadderAdapter,
-        encoded: Encoded,
-        prompt: Prompt,
-        previous: FloatMap | None,
-        last: Look | None,
+        self, adapter: LadderAdapter, encoded: Encoded, prompt: Prompt, state: LadderState | None
     ) -> LadderState:
-        """Return the ladder's answer to all clicks of `prompt`; `last` is where the one before was answered."""
+        """Return the ladder's answer to all clicks of `prompt`."""
         with_base = prompt.granularity == _WHOLE and prompt.phrase is None and len(prompt.clicks) >= _FIRST_WITH_BASE
-        look = Look(_whole(encoded)) if last is None else last
-        if last is not None and previous is not None and len(prompt.clicks) >= focus.FIRST_CLICK:
-            look = self._next_look(encoded, prompt, previous, last)
-            previous = previous if look is last else focus.moved(previous, last, look)
-        if look.focus != _whole(encoded):  # what lies outside a focus is left out already
+        look, previous = Look(_whole(encoded)), None
+        if state is not None:
+            look, previous = state.look, _previous(state, prompt)
+            if len(prompt.clicks) >= focus.FIRST_CLICK:
+                look = self._next_look(encoded, prompt, previous, state.look)
+            if look is not state.look:
+                previous = focus.moved(previous, state.look, look)
+        if look.embedding is not None:  # what lies outside a focus is left out already
             inside = (click for click in prompt.clicks if click.positive or look.focus.covers(click.x, click.y))
             prompt = replace(prompt, clicks=tuple(inside))
         rows, columns = cells(*look.fit.resized)
@@ -298,7 +295,7 @@ class LightSegmenter:
             position = self._grid[..., :rows, :columns]
             ladder = adapter.answer(image[..., :rows, :columns], position, points, prompt.phrase)
             answers = ladder.logits.float()
-            if last is None:
+            if state is None:
                 answers[:, :LEVELS] = growing(answers[:, :LEVELS])
             if with_base:  # the score stays the ladder's, which is calibrated
                 single = self._mask_decoder(image, self._grid, points)[0][:, _SINGLE]
@@ -360,6 +357,11 @@ class LightSegmenter:
 
 def _whole(encoded: Encoded) -> Focus:
     return Focus(0, encoded.height - 1, 0, encoded.width - 1)
+
+
+def _previous(state: LightState | LadderState, prompt: Prompt) -> FloatMap:
+    """Return the logits that answered all clicks of `prompt` but the last, 256, 256."""
+    return np.asarray(state.logits[state.token(replace(prompt, clicks=prompt.clicks[:-1]))], np.float32)
 
 
 def _map_of(encoded: Encoded, state: LightState | LadderState, token: int) -> FloatMap:

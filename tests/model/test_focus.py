@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from model.annotations import AnnotatedImage, AnnotatedMask, read_annotations
+from model.evaluation.protocol import ClickChain
 from model.geometry import Fit, FloatMap, Focus
 from model.light import focus
 from model.light import segmenter as light
@@ -20,9 +21,9 @@ from model.light.focus import OUTSIDE, Look, filled, kept, moved, next_focus, pa
 from model.light.network import LOW_RES, SIDE
 from model.light.segmenter import LadderState, LightState
 from model.metrics import iou
-from model.robot import next_click
 from model.segmenter import BUNDLED_ADAPTER, Encoded, Segmenter, predict
 from model.types import Box, Click, Granularity, Mask, Prediction, Prompt, RGBImage
+from tests.conftest import lawn
 
 HEIGHT, WIDTH = 1000, 1500
 WHOLE = Focus(0, HEIGHT - 1, 0, WIDTH - 1)
@@ -334,10 +335,7 @@ def ladder(segmenter: Segmenter) -> Segmenter:
 @pytest.fixture(scope="module")
 def far() -> RGBImage:
     """A drawn photo, 1800 x 1200, of a lawn with a large blue disc and far from it a small red one."""
-    y, x = np.mgrid[:1200, :1800]
-    lawn = np.stack([90 + x * 0.02, 140 + y * 0.02, 80 + x * 0.01], axis=-1)
-    noise = np.random.default_rng(7).normal(0, 6, (1200, 1800, 1))
-    image = Image.fromarray(np.clip(lawn + noise, 0, 255).astype(np.uint8))
+    image = lawn(1200, 1800, (0.02, 0.02, 0.01))
     draw = ImageDraw.Draw(image)
     draw.ellipse((100, 100, 500, 500), fill=(30, 60, 160))
     draw.ellipse((1180, 780, 1260, 840), fill=(190, 40, 30))
@@ -537,17 +535,11 @@ def small_parts(shared: Path, segmenter: Segmenter) -> list[Part]:
 
 
 def after_clicks(segmenter: Segmenter, part: Part, clicks: int) -> float:
-    """Return the IoU after as many clicks of the robot, or fewer where it has none left to make."""
+    """Return the IoU after as many clicks of the robot."""
     image, annotated, encoded = part
-    truth, mask = annotated.mask(), np.zeros((image.height, image.width), bool)
-    prompt, memo = Prompt(granularity=image.level_of(annotated)), {}
-    for _ in range(clicks):
-        click = next_click(truth, mask, prompt.clicks)
-        if click is None:
-            break
-        prompt = replace(prompt, clicks=(*prompt.clicks, click))
-        mask = predict(segmenter, encoded, prompt, memo=memo).best.mask
-    return iou(mask, truth)
+    level = image.level_of(annotated)
+    chain = ClickChain(segmenter=segmenter, encoded=encoded, truth=annotated.mask(), granularity=level)
+    return chain.run(clicks)[-1]
 
 
 def test_eight_clicks_find_a_small_part_better_in_a_focus(small_parts, ladder, monkeypatch):
