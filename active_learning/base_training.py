@@ -16,12 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, TrainingPhoto, View, photos_of
+from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, TrainingPhoto, photos_of, views_of
 from active_learning.train import TrainingConfig, fine_tune, plain_state, prepare
 from active_learning.training_run import Progress, seeded
 from model.adapter import load_lora, lora_state, read_adapter, write_adapter
@@ -229,10 +228,7 @@ def _photos(
     named: list[Group] = []
     sheet: list[TrainingPhoto] = []
 
-    def views(digest: str, further: int) -> Sequence[View]:
-        rng = np.random.default_rng([recipe.view_seed, *bytes.fromhex(digest[:16])])
-        return [PLAIN, *(View.random(rng, recipe.smallest_view) for _ in range(further))]
-
+    views = partial(views_of, smallest=recipe.smallest_view, seed=recipe.view_seed)
     for part in recipe.sets:
         found = read_annotations(data / part.path, split=part.split)
         photos = photos_of(found, partial(views, further=part.views))

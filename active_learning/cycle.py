@@ -39,6 +39,9 @@ from model.types import Refusal
 
 log = logging.getLogger(__name__)
 
+_VIEWS = "views"
+"""Folder in a training's own that holds encoded crops."""
+
 
 class Cancelled(Exception):
     """Somebody wants this training to stop."""
@@ -93,7 +96,7 @@ def run(
     """
     folder = trainings.work(status)
     folder.mkdir(parents=True, exist_ok=True)
-    watch = _Watch(trainings, status, limits, pause, folder)
+    watch = _Watch(trainings, status, limits, pause)
     try:
         snapshot = _snapshot(place.store, folder, project_of(status.line), watch)
         if not snapshot.corrections:
@@ -106,13 +109,13 @@ def run(
         incumbent = place.configured if parent is None else place.registry.path(parent)
         begin = incumbent or place.bundled or _untrained(place.segmenter, folder)
         _keep_if_same(folder, {"parent": digest_of_file(begin), "config": asdict(config), "base": base})
-        found = annotated(snapshot, place.images)
+        found, views = annotated(snapshot, place.images), folder / _VIEWS
         trained = learn(
             config,
             place.segmenter,
-            photos_of(of_split(found, TRAIN), stated=True),
+            config.photos(of_split(found, TRAIN)),
             photos_of(place.replay),
-            EmbeddingFiles(place.embeddings, place.segmenter),
+            EmbeddingFiles(place.embeddings, place.segmenter, views=views),
             begin,
             folder,
             card={"snapshot": snapshot.id, "recipe": json.dumps(asdict(config), sort_keys=True)},
@@ -122,6 +125,7 @@ def run(
             before_step=watch.look,
             report=watch.report,
         )
+        shutil.rmtree(views, ignore_errors=True)
         watch.note(state="judging", left_s=None)
         exact = isinstance(place.segmenter, GracoSegmenter)
         judge_candidate = _Judge(place, incumbent, of_split(found, HOLD_OUT), margins, folder, watch)
@@ -147,10 +151,8 @@ class _Watch:
         status: TrainingStatus,
         limits: Limits,
         pause: Callable[[], None],
-        folder: Path,
     ) -> None:
         self._trainings = trainings
-        self._folder = folder
         self.status = status
         self._limits = limits
         self._pause = pause
@@ -161,9 +163,7 @@ class _Watch:
         self.status = self._trainings.note(self.status, **changes)
 
     def end(self, state: State, said: str, **changes: object) -> TrainingStatus:
-        ended = self._trainings.end(self.status, state, said, **changes)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        return ended
+        return self._trainings.end(self.status, state, said, **changes)
 
     def look(self) -> None:
         """Wait while somebody clicks.
@@ -237,6 +237,7 @@ def _keep_if_same(folder: Path, plan: dict[str, Any]) -> None:
         log.warning("what this training began from has changed: it begins anew")
         for name in ("checkpoint.pt", "trained.safetensors"):
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / _VIEWS, ignore_errors=True)
     path.write_text(text)
 
 

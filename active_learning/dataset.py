@@ -9,6 +9,7 @@ same whole. Photos may be seen in further views (mirrored, cropped), each with a
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from model.segmenter import Encoded, Segmenter
 from model.types import LEVELS, Mask, Refusal, RGBImage
 
 _LEAST_PIXELS = 6  # of a mask at the logits' resolution; smaller ones teach nothing
+_SPARED = 2**30  # bytes of a disk that views leave free: four hundred take as much
 _LEAST_VISIBLE = 0.4  # share of a mask that a cropped view must still hold
 
 
@@ -61,6 +63,19 @@ class View:
 
 
 PLAIN = View()
+
+
+def views_of(digest: str, further: int, *, smallest: float, seed: int) -> list[View]:
+    """Return the views of a photo: the plain one, then random ones, the same for each call.
+
+    Args:
+        digest: of the photo, hex.
+        further: views besides the plain one.
+        smallest: side of a crop at least, as a share of the photo's.
+        seed: for other views.
+    """
+    rng = np.random.default_rng([seed, *bytes.fromhex(digest[:16])])
+    return [PLAIN, *(View.random(rng, smallest) for _ in range(further))]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,15 +192,31 @@ def _shrink(mask: npt.NDArray[np.uint8], fit: Fit, rows: int, columns: int) -> n
 class EmbeddingFiles:
     """Encoded views of photos, each kept in a file of its own."""
 
-    def __init__(self, folder: Path, segmenter: Segmenter) -> None:
-        """Keep files in `folder`, as `segmenter` encodes."""
-        self._folder = EmbeddingFolder(folder)
+    def __init__(self, folder: Path, segmenter: Segmenter, *, views: Path | None = None) -> None:
+        """Keep files in `folder`, as `segmenter` encodes.
+
+        Args:
+            folder: gets the files.
+            segmenter: encodes.
+            views: gets those of views other than the plain one, while its disk has a gigabyte to spare, else they are
+                encoded each time; None: `folder` does.
+        """
+        self._files = EmbeddingFolder(folder)
+        self._views = views
         self._segmenter = segmenter
+
+    def _folder(self, photo: TrainingPhoto) -> EmbeddingFolder:
+        if self._views is None or photo.view == PLAIN:
+            return self._files
+        path = EmbeddingFolder(self._views).path(self._segmenter, photo.embedding)
+        known = path is not None and path.is_file()
+        full = not known and shutil.disk_usage(self._views.parent).free < _SPARED
+        return EmbeddingFolder(None if full else self._views)
 
     def missing(self, photos: Iterable[TrainingPhoto]) -> list[TrainingPhoto]:
         """Return one photo for each view that is not encoded yet."""
         named = {photo.embedding: photo for photo in photos}
-        paths = {name: self._folder.path(self._segmenter, name) for name in named}
+        paths = {name: self._folder(photo).path(self._segmenter, name) for name, photo in named.items()}
         return [named[name] for name, path in paths.items() if path is None or not path.is_file()]
 
     def encoded(self, photo: TrainingPhoto) -> Encoded:
@@ -194,7 +225,7 @@ class EmbeddingFiles:
         Raises:
             Refusal: its photo cannot be read.
         """
-        return self._folder.encoded(
+        return self._folder(photo).encoded(
             self._segmenter, photo.embedding, photo.pixels, height=photo.height, width=photo.width
         )
 

@@ -24,13 +24,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from active_learning.dataset import EmbeddingFiles, Sampler, TrainingPhoto
+from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, TrainingPhoto, photos_of, views_of
 from active_learning.status import SHORT
 from active_learning.train import TrainingConfig, fine_tune, plain_state, prepare
 from active_learning.train_graco import GracoCourse, SteeredNetwork, untrained
 from active_learning.train_graco import fine_tune as fine_tune_graco
 from active_learning.training_run import BadCheckpoint, Course, Progress, seeded
 from model.adapter import AdapterFile, load_lora, lora_state, read_adapter, write_adapter
+from model.annotations import AnnotationSet
 from model.graco.runtime import load_network
 from model.graco.segmenter import GracoSegmenter
 from model.light.adapter import LEVEL, VOCABULARY
@@ -54,13 +55,22 @@ class LearningConfig:
     replay: float = 0.5  # share of the lessons
     steps_per_mask: float = 4.0  # of the snapshot's masks
     fewest_steps: int = 160
-    most_steps: int = 600
+    most_steps: int = 1200
     clicks: int = 3  # on the photo of a step; fewer where memory runs out
     blends: tuple[float, ...] = (0.5, 0.25)  # of what was learned in a candidate; the next where one loses too much
     learning_rate: float = 1e-3
     head_learning_rate: float = 5e-4
     seed: int = 0
     checkpoint_every: int = 50  # steps
+    views: int = 2  # crops of each corrected photo, beside the photo, once there are so many masks:
+    views_from: int = 200  # to learn from: held-out ones not, those merged of siblings too; 100 do not gain by them
+    smallest_view: float = 0.6  # side of a crop, as a share of the photo's
+
+    def photos(self, found: AnnotationSet) -> list[TrainingPhoto]:
+        """Return what is learned from in a set of corrections, in several views where there are many."""
+        many = sum(len(image.masks) for image in found.images) >= self.views_from
+        views = partial(views_of, further=self.views * many, smallest=self.smallest_view, seed=self.seed)
+        return photos_of(found, views, stated=True)
 
     def training(self, masks: int, *, rank: int, alpha: int, device: str, precision: str) -> TrainingConfig:
         """Return how to train `light` on this many masks."""
@@ -98,9 +108,9 @@ class LearningConfig:
 def graco_learning(device: str) -> LearningConfig:
     """Return how `graco` learns; a step takes the whole network on four lessons, a hundred times one of `light`.
 
-    So on a CPU there are few of them: ViT-B takes 10 to 40 s for each, of the hour that a training may take.
+    So on a CPU there are few of them: ViT-B takes 10 to 40 s for each, of the time that a training may take.
     """
-    config = LearningConfig(learning_rate=5e-4)
+    config = LearningConfig(learning_rate=5e-4, most_steps=600, views=0)  # more of both was tried with `light` alone
     if _on_gpu(device):
         return replace(config, clicks=4)
     return replace(config, steps_per_mask=1.0, fewest_steps=40, most_steps=60, clicks=2, checkpoint_every=5)
@@ -148,7 +158,7 @@ def learn(
     if not photos:
         raise Refusal("no corrected mask is large enough to learn from")
     found = read_adapter(parent, base=segmenter.digest)
-    masks = sum(len(photo.kinds) for photo in photos)
+    masks = sum(len(photo.kinds) for photo in photos if photo.view == PLAIN)
     groups = [(1 - config.replay, photos), (config.replay, replay)]
     recipe = f"{card.get('snapshot')} from {digest_of_file(parent)}"
     known: dict[str, Any] = {"rank": found.card["rank"], "alpha": found.card["alpha"], "device": device}

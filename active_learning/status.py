@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,12 +136,14 @@ class TrainingFolder:
         return changed
 
     def end(self, status: TrainingStatus, state: State, said: str, **changes: Any) -> TrainingStatus:
-        """Write down how a training ended, and let the next one be asked for."""
+        """Write down how a training ended, let the next one be asked for, and remove what it worked with."""
         ended = self.note(status, state=state, said=said, left_s=None, **changes)
         if not any(old.id == ended.id for old in self.history()):  # killed just here and done again
             self._append(ended)
         self._request.unlink(missing_ok=True)
         (self.folder / "cancel").unlink(missing_ok=True)
+        for left in self.folder.glob(f"train-{self.line}-*"):  # this one's, and where a process was killed just here
+            shutil.rmtree(left, ignore_errors=True)
         return ended
 
     def cancel(self) -> TrainingStatus | None:

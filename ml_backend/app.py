@@ -135,8 +135,9 @@ def without_masks(body: bytes) -> bytes:
 
 
 def create_app(service: Service) -> Flask:
-    """Return the WSGI app over `service`; the caller starts and closes the service."""
+    """Return the WSGI app over `service`, which is its extension; the caller starts and closes the service."""
     app = Flask("graco", static_folder=None)
+    app.extensions[app.name] = service
     app.config["MAX_CONTENT_LENGTH"] = service.settings.request_max_mb * 2**20
     busy_at = service.settings.threads * 3 // 4
     places = threading.BoundedSemaphore(busy_at)

@@ -58,6 +58,11 @@ class EmbeddingCache:
             self._keep(image_id, encoded)
         return encoded
 
+    def peek(self, image_id: str) -> Encoded | None:
+        """Return the embedding if it is in memory, and leave no trace of having looked."""
+        with self._lock:
+            return self._memory.get(image_id)
+
     def get_or_encode(self, image_id: str, encode: Callable[[], Encoded]) -> Encoded:
         """Return the embedding, encoding at most once however many threads ask for the same image."""
         encoded = self.get(image_id)

@@ -70,6 +70,13 @@ def when_ready(server: Any) -> None:
             listener.sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", _STALLED_S, 0))
 
 
+def worker_exit(server: Any, worker: Any) -> None:
+    """Have a process that ends leave images unencoded that nobody waits for: it has seconds."""
+    app = getattr(worker, "wsgi", None)  # None: it was not loaded, or this is the arbiter
+    if app is not None:
+        app.extensions[app.name].drop_background()
+
+
 def child_exit(server: Any, worker: Any) -> None:
     """Have gauges of a process that is no more left out of sums."""
     if values.ValueClass is not values.MutexValue:  # several processes count together

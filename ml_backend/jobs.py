@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import queue
+import signal
 import socket
 import threading
 import time
@@ -26,6 +27,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -348,6 +350,17 @@ def _enqueue(
 
 class _Worker(SimpleWorker):
     """Has the lines of a job carry the id of the request that it comes from, and keeps no memory of a job's."""
+
+    def bootstrap(self, *args: Any, **kwargs: Any) -> None:
+        """Become known, and heed a stop from before that on: rq would first listen afterwards, and die unreported."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop_before_first_job)
+        super().bootstrap(*args, **kwargs)
+
+    def _stop_before_first_job(self, signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # who asks twice is not kept waiting
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._stop_requested = True  # the loop looks there before it takes a job
 
     def perform_job(self, job: Job, queue: Queue, execution: Execution) -> bool:
         try:

@@ -35,11 +35,9 @@ from ml_backend.service import Service, timed
 from ml_backend.serving import Serving
 from model.segmenter import Segmenter
 from model.text import names_part
-from model.types import Granularity, Prediction, Prompt, Refusal
+from model.types import MAX_PROPOSALS, Granularity, Prediction, Prompt, Refusal
 
 log = logging.getLogger(__name__)
-
-_ALL_LEVELS = 10  # proposals at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +126,12 @@ def _interactive(request: _Request, config: LabelConfig, task: Json, context: Js
     check_size(info, ask.width, ask.height)
     segmenter = request.serving.segmenter
     prompt = segmenter.understood(ask.prompt)
-    proposals = _ALL_LEVELS if ask.all_levels else service.settings.propose
+    proposals = MAX_PROPOSALS if ask.all_levels else service.settings.propose
     shaped = _shaped(service, segmenter, image, info, prompt, output.kind, proposals)
     regions = _write(request, config, ask, output, info, shaped, phrase=prompt.phrase)
     if not regions:
         raise Refusal("the model finds nothing at these clicks; click inside the object, or draw a box around it")
+    service.foresee(segmenter, info, prompt)
     metrics.PREDICTIONS.labels("answered").inc()
     log.info(
         "task %s: %d clicks, level %s, phrase %s, %d regions by %s (%s) in %.0f ms",

@@ -13,8 +13,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from active_learning.registry import AdapterRegistry
@@ -28,19 +29,23 @@ from ml_backend.inbox import Inbox
 from ml_backend.jobs import HandOver
 from ml_backend.serving import ActiveVersions, Serving, lines_of, version_name
 from ml_backend.settings import Settings
+from model.background import background_thread
 from model.proposals import whole_image
-from model.segmenter import Encoded, Segmenter, State, predict
+from model.segmenter import Encoded, Segmenter, State, foresee, predict
 from model.types import Prediction, Prompt, Proposal, Refusal, RGBImage
 
 log = logging.getLogger(__name__)
 
 CLICKED = "clicked"
 """File in the data folder that is touched at each click."""
-_STATES = 48  # earlier steps kept, 1 to 1.4 MiB each, and 2 more for each small thing that was looked at closer
+_STATE_BYTES = 96 * 2**20
+"""Of earlier steps, 1 to 1.4 MiB each; those with a focus, or one made ready, count its 2 MiB, though they share it."""
 _WARM_QUEUE = 64  # images waiting to be encoded in the background
+_FORESEEN = 2  # clicks that are made ready for: one now, one next
 _LOAD_LIMIT_S = 90  # Label Studio gives up a prediction after 100 s
 
 V = TypeVar("V")
+_Asked = tuple[str, str | None, Prompt]  # image, adapter, and what was answered
 
 
 class BoundedCache(Generic[V]):
@@ -73,6 +78,11 @@ class BoundedCache(Generic[V]):
                 self._held -= self._values.popitem(last=False)[1][1]
 
 
+def _goes_on(new: _Asked, old: _Asked) -> bool:
+    """Whether the annotator of `old` has gone on to `new`: a further click, or another level."""
+    return new[:2] == old[:2] and new[2].clicks[: len(old[2].clicks)] == old[2].clicks
+
+
 class _Memo:
     """The states of one image and adapter, seen through the cache that all share."""
 
@@ -84,7 +94,7 @@ class _Memo:
         return self._states.get((self._of, prompt))
 
     def __setitem__(self, prompt: Prompt, state: State, /) -> None:
-        self._states.put((self._of, prompt), state)
+        self._states.put((self._of, prompt), state, state.nbytes)
 
 
 def open_registry(settings: Settings) -> AdapterRegistry:
@@ -147,16 +157,19 @@ class Service:
         self.inbox = Inbox(settings.data_dir / "inbox.sqlite")
         self.hand_over = HandOver(settings, self.inbox)
         self.shapes: BoundedCache[Any] = BoundedCache(64 * 2**20)  # answers ready to send, by approximate bytes
-        self._states: BoundedCache[State] = BoundedCache(_STATES)
+        self._states: BoundedCache[State] = BoundedCache(_STATE_BYTES)
         self._segmenter: Segmenter | None = None
         self._cache: EmbeddingCache | None = None
         self._loaded = threading.Event()
         self._failure: Exception | None = None
         self._starting = threading.Lock()
         self._loader: threading.Thread | None = None
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="warm")
+        self._background = background_thread("warm")
         self._waiting: set[TaskImage] = set()
         self._waiting_lock = threading.Lock()
+        self._foreseen: dict[_Asked, Future[None]] = {}
+        self._foreseeing = threading.Lock()
+        self._closed = False
         self._queues: dict[TaskImage, tuple[threading.Lock, int]] = {}
         self._queues_lock = threading.Lock()
 
@@ -168,9 +181,15 @@ class Service:
                 self._loader = threading.Thread(target=self._load, name="load-model", daemon=True)
                 self._loader.start()
 
+    def drop_background(self) -> None:
+        """Leave undone what nobody waits for; an image that is being encoded is finished."""
+        with self._waiting_lock, self._foreseeing:  # nobody hands in work from here on
+            self._closed = True
+        self._background.shutdown(wait=True, cancel_futures=True)
+
     def close(self) -> None:
         """Stop background work and close files."""
-        self._background.shutdown(wait=True, cancel_futures=True)
+        self.drop_background()
         if self._loader is not None:
             self._loader.join()
         self._active.close()
@@ -348,8 +367,57 @@ class Service:
         if found.id != info.id:  # fetched anew, it was another: nothing of it may be kept under the old one's id
             raise Refusal("the image was replaced while this was answered; reload the task and click again")
         with timed("decode"):
+            self._await_foreseen(segmenter, info, prompt)
             memo = _Memo(self._states, info.id, segmenter.adapter)
             return predict(segmenter, encoded, prompt, memo=memo, proposals=proposals)
+
+    def foresee(self, segmenter: Segmenter, info: ImageInfo, prompt: Prompt) -> None:
+        """Have what takes long of the next click done in the background, unless images are being encoded.
+
+        Args:
+            segmenter: that answered `prompt`.
+            info: of the image.
+            prompt: all clicks so far, as `segmenter` understands them.
+        """
+        try:
+            encoded = None if self._cache is None or self._awaited else self._cache.peek(info.id)
+            if encoded is not None:
+                memo = _Memo(self._states, info.id, segmenter.adapter)
+                self._begin(foresee(segmenter, encoded, prompt, memo), (info.id, segmenter.adapter, prompt))
+        except Exception:
+            log.exception("nothing is made ready for the next click, which will take longer")
+
+    def _begin(self, make_ready: Callable[[], None] | None, key: _Asked) -> None:
+        with self._foreseeing:
+            for other, future in list(self._foreseen.items()):
+                if other != key and _goes_on(key, other):
+                    future.cancel()
+            if make_ready is None or len(self._foreseen) >= _FORESEEN or key in self._foreseen or self._closed:
+                return
+            self._foreseen[key] = made = self._background.submit(self._make_ready, make_ready)
+        made.add_done_callback(lambda _: self._foreseen.pop(key, None))
+
+    @property
+    def _awaited(self) -> bool:
+        """Whether images are being encoded, or wait for it."""
+        return bool(self._waiting or self._queues)
+
+    def _make_ready(self, make_ready: Callable[[], None]) -> None:
+        if self._awaited:
+            return
+        try:
+            with timed("encode"):
+                make_ready()
+            heap.give_back()
+        except Exception:
+            log.exception("nothing could be made ready for the next click, which will take longer")
+
+    def _await_foreseen(self, segmenter: Segmenter, info: ImageInfo, prompt: Prompt) -> None:
+        """Let what is being made ready for this click be done first, and drop it if it has not begun."""
+        before = replace(prompt, clicks=prompt.clicks[:-1])
+        future = self._foreseen.get((info.id, segmenter.adapter, before))
+        if future is not None and not future.cancel():
+            wait([future])
 
     def propose(
         self, segmenter: Segmenter, image: TaskImage, *, deadline_s: float
@@ -361,14 +429,16 @@ class Service:
         return found, info
 
     def warm(self, image: TaskImage) -> bool:
-        """Encode an image in the background so that the first click finds it; False if too many wait already."""
+        """Encode an image in the background so that the first click finds it; False: too many wait, or this ends."""
         with self._waiting_lock:
+            if self._closed:
+                return False
             if image in self._waiting:
                 return True
             if len(self._waiting) >= _WARM_QUEUE:
                 return False
             self._waiting.add(image)
-        self._background.submit(self._warm, image)
+            self._background.submit(self._warm, image)
         return True
 
     def encode_ahead(self, image: TaskImage) -> tuple[Encoded, ImageInfo]:

@@ -116,7 +116,7 @@ class Settings(BaseSettings):
     )
     request_max_mb: int = Field(250, ge=1, description="largest request body accepted; drafts travel with each click")
 
-    propose: int = Field(1, ge=1, le=10, description="proposals offered for one click without a level or phrase")
+    propose: int = Field(1, ge=1, description="proposals offered for one click without a level or phrase")
     default_granularity: float | None = Field(None, ge=0, le=1, description="granularity when the annotator gave none")
     prelabel: bool = Field(False, description="answer batch predictions with whole-image proposals instead of nothing")
     prelabel_limit_s: float = Field(60, gt=0, description="time for one batch prediction; Label Studio waits 100 s")
@@ -136,7 +136,7 @@ class Settings(BaseSettings):
     )
     train_threads: int = Field(0, ge=0, description="CPU threads of a training; 0: half of the cores")
     train_memory_mb: int = Field(4096, ge=0, description="memory a training may take; 0: no limit")
-    train_limit_minutes: float = Field(60, gt=0, description="time a training may take before it is judged")
+    train_limit_minutes: float = Field(120, gt=0, description="time a training may take before it is judged")
     train_too_few: Literal["ask", "publish"] = Field(
         "ask", description="too few held-out masks to judge by: ask the admin, or publish what loses nowhere else"
     )
@@ -219,6 +219,15 @@ class Settings(BaseSettings):
         if not path.is_file():
             raise ValueError(f"there is no file {path}; give the file of an adapter, or bundled, or none")
         return path
+
+    @field_validator("propose")
+    @classmethod
+    def _check_propose(cls, value: int) -> int:
+        from model.types import MAX_PROPOSALS  # numpy comes with it, which processes that only wait shall not hold
+
+        if value > MAX_PROPOSALS:
+            raise ValueError(f"at most {MAX_PROPOSALS} masks are offered for one click")
+        return value
 
     @field_validator("allow_hosts", mode="before")
     @classmethod

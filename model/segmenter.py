@@ -8,7 +8,7 @@ answer depends on image, prompt and weights alone; a memo of earlier states only
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
@@ -29,7 +29,7 @@ BUNDLED_ADAPTER = BUNDLED.with_name("light-granularity.safetensors")
 Device = Literal["auto", "cpu", "cuda"]
 EncoderChoice = Literal["auto", "fast", "exact"]
 Speed = Literal["exact", "fast"]
-State = Any  # belongs to the family
+State = Any  # belongs to the family; its `nbytes` are the memory that keeping it takes
 
 T = TypeVar("T")
 
@@ -102,11 +102,26 @@ class Segmenter(Protocol):
     def steps(self, encoded: Encoded, prompts: Sequence[Prompt], states: Sequence[State | None]) -> list[State]:
         """Return the states after the last clicks of several prompts on one image; in one pass if that is sooner."""
 
+    def foresee(self, encoded: Encoded, prompt: Prompt, state: State) -> Callable[[], State] | None:
+        """Return what takes long of the step after `prompt`, to be done while nobody waits; None: nothing does.
+
+        Called, it returns `state` with that made ready. The step gives the same with and without.
+        """
+
     def render(self, encoded: Encoded, prompt: Prompt, state: State, *, proposals: int = 1) -> Prediction:
         """Return the answer that `state` holds, masks at the image's size, at most `proposals` of them."""
 
     def probability(self, encoded: Encoded, prompt: Prompt, state: State) -> FloatMap:
         """Return the probability of each pixel to be in the mask that answers `prompt`, H, W in [0, 1]."""
+
+    def base_offers(self, encoded: Encoded, prompt: Prompt, state: State) -> Iterator[Proposal]:
+        """Yield masks of the base for the first click or box of `prompt`, to be shown among those of all levels.
+
+        First those of that click, then, where a pass of the network is cheap, those that it finds close beside and that
+        hold the click; each lot best first, without a level. A click's score is the IoU to expect with the nearest
+        thing or part; a box's is the base's own, since a box leaves little doubt. `state` is the base's after `prompt`.
+        What nobody asks for is not computed.
+        """
 
 
 def predict(
@@ -135,6 +150,24 @@ def predict(
     return segmenter.render(encoded, prompt, state, proposals=proposals)
 
 
+def foresee(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo) -> Callable[[], None] | None:
+    """Return what takes long of the click after `prompt`, which `memo` holds the answer to; None: nothing does.
+
+    Called, it does that and leaves it in `memo`.
+    """
+    prompt = segmenter.understood(prompt)
+    key = _memo_key(segmenter, prompt)
+    state = memo.get(key)
+    make = None if state is None else segmenter.foresee(encoded, prompt, state)
+    if make is None:
+        return None
+
+    def make_ready() -> None:
+        memo[key] = make()
+
+    return make_ready
+
+
 def probability(segmenter: Segmenter, encoded: Encoded, prompt: Prompt) -> FloatMap:
     """Return how sure the answer to `prompt` is of each pixel: H, W in [0, 1], over 0.5 inside the mask.
 
@@ -152,27 +185,26 @@ ANY_LEVEL = Granularity(10)
 def _all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo, proposals: int) -> Prediction:
     """Return the masks of all levels that differ, and of the base's own those that differ from these, small to large.
 
-    The base's bear no level: they are what a level's training gave up, on photos unlike those it saw.
+    The base's bear no level: they are what a level's training gave up, on photos unlike those it saw. It is asked at
+    the click and close beside it: where things can be taken apart in several ways, a step to the side takes another.
     """
     if segmenter.first_step_serves_all_levels:
         state = _replay(segmenter, encoded, replace(prompt, granularity=ANY_LEVEL), memo)
         ladder = segmenter.render(encoded, prompt, state, proposals=LEVELS).proposals
     else:
         ladder = _passes_of_all_levels(segmenter, encoded, prompt, memo)
-    base = segmenter.render(encoded, prompt, _replay(segmenter, encoded, prompt, memo), proposals=LEVELS).proposals
-    ranked = sorted(ladder, key=_unsure) + [replace(one, granularity=None) for one in sorted(base, key=_unsure)]
+    ranked = sorted(ladder, key=lambda one: -one.score)
+
+    def offered() -> Iterator[Proposal]:
+        yield from ranked
+        yield from segmenter.base_offers(encoded, prompt, _replay(segmenter, encoded, prompt, memo))
+
     stride = -(-max(encoded.height, encoded.width) // _COMPARED)
-    looks = [(one, one.mask[::stride, ::stride]) for one in ranked]
-    found = differing(looks)[:proposals] or ranked[:1]
-    areas = {id(one): int(np.count_nonzero(look)) for one, look in looks}
+    found = differing(((one, one.mask[::stride, ::stride]) for one in offered()), most=proposals) or ranked[:1]
     return Prediction(
-        proposals=tuple(sorted(found, key=lambda one: areas[id(one)])),
+        proposals=tuple(sorted(found, key=lambda one: int(np.count_nonzero(one.mask)))),
         adapter=segmenter.adapter,
     )
-
-
-def _unsure(proposal: Proposal) -> float:
-    return -proposal.score
 
 
 def _passes_of_all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo) -> tuple[Proposal, ...]:
@@ -185,12 +217,19 @@ def _passes_of_all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt
     return tuple(segmenter.render(encoded, p, state).best for p, state in states.items())
 
 
-def differing(masks: Iterable[tuple[T, Mask]]) -> list[T]:
-    """Return what belongs to the masks that are not empty and like none before them."""
+def differing(masks: Iterable[tuple[T, Mask]], *, most: int | None = None) -> list[T]:
+    """Return what belongs to the masks that are not empty and like none before them; no more are looked at than needed.
+
+    Args:
+        masks: bool, all of one shape, each with what it belongs to.
+        most: how many are wanted at most; None: all.
+    """
     kept: list[tuple[T, Mask]] = []
     for key, mask in masks:
         if mask.any() and all(iou(mask, other) <= _SAME for _, other in kept):
             kept.append((key, mask))
+            if len(kept) == most:
+                break
     return [key for key, _ in kept]
 
 

@@ -19,6 +19,9 @@ Mask = npt.NDArray[np.bool_]  # H, W
 MAX_CLICKS = 100
 """Clicks one prompt may hold; more is a script, not a person, and each costs a decoder pass."""
 
+MAX_PROPOSALS = 12
+"""Masks one click may be answered by, where all levels are asked for."""
+
 MAX_PHRASE = 500
 """Characters a phrase may hold; more is a text, not the name of a thing."""
 

@@ -59,6 +59,11 @@ def test_commands_that_need_no_model_do_not_load_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_what_only_starts_and_watches_processes_does_not_load_numpy():
+    code = "import sys, ml_backend.settings, ml_backend.supervisor; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_what_serves_clicks_loads_no_library_of_the_commands():
     code = (
         "import sys, ml_backend.app, ml_backend.service, model.light.segmenter, model.graco.segmenter;"

@@ -44,7 +44,18 @@ from model.annotations import AnnotatedImage, AnnotatedMask, decode
 from model.metrics import iou, iou_at_all_granularities, iou_matrix
 from model.robot import next_click
 from model.segmenter import Encoded, Segmenter, predict
-from model.types import MAX_CLICKS, Click, Granularity, Mask, Prediction, Prompt, Proposal, Refusal, RGBImage
+from model.types import (
+    MAX_CLICKS,
+    MAX_PROPOSALS,
+    Click,
+    Granularity,
+    Mask,
+    Prediction,
+    Prompt,
+    Proposal,
+    Refusal,
+    RGBImage,
+)
 
 Row = dict[str, Any]  # as it stands in results.jsonl
 
@@ -240,7 +251,7 @@ class Bench:
         return {"first": [chain.ious[0] for chain in chains], "ious": best}
 
     def _levels(self) -> Row:
-        offered, three = self._offered(self.models.adapted, 10), self._offered(self.models.base, 3)
+        offered, three = self._offered(self.models.adapted, MAX_PROPOSALS), self._offered(self.models.base, 3)
         truths = self._truths_under(self.first)
         ours, theirs = (iou_matrix([p.mask for p in found], truths) for found in (offered, three))
         return {

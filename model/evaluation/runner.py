@@ -22,7 +22,7 @@ from model.embeddings import EmbeddingFolder
 from model.evaluation.protocol import BASE_ONLY, PAPER, Bench, Models, Options, Row, Scene
 from model.evaluation.sets import Selection, evenly_spaced
 from model.segmenter import Device, EncoderChoice, Speed, load_segmenter
-from model.types import Refusal
+from model.types import MAX_PROPOSALS, Refusal
 
 TIMED_MASKS = 10
 _FORMAT = 2  # of the rows; a new one makes old rows be measured again
@@ -159,6 +159,7 @@ def key_of(protocol: str, selection: Selection, options: Options, *, encoding: s
         facts["levels"] = [level.level for level in options.fixed_levels]
     if protocol == "levels":
         facts["support"] = options.support
+        facts["proposals"] = MAX_PROPOSALS
     if protocol == "phrase":
         facts["seed"] = options.seed
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

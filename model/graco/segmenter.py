@@ -12,7 +12,7 @@ Sources: RITM (arXiv 2102.06583), SimpleClick (arXiv 2210.11006), GraCo (arXiv 2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self
@@ -51,6 +51,11 @@ class GracoState:
 
     focus: Focus
     probability: FloatMap  # of the focus, at the network's size: size, size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory it takes."""
+        return self.probability.nbytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,7 +216,7 @@ class GracoSegmenter:
             signals = torch.stack([self._signal(prompts[row]) for row in rows]).repeat_interleave(2, 0)
             logits = self._runtime(images, maps, signals, low_rank)[:, 0]  # 2 * rows, size, size
             both = 0.5 * (logits[0::2] + logits[1::2].flip(2))
-            found += [GracoState(look[0], p.numpy()) for look, p in zip(looks, both.sigmoid(), strict=True)]
+            found += [GracoState(look[0], p.numpy().copy()) for look, p in zip(looks, both.sigmoid(), strict=True)]
         return found
 
     def _look(
@@ -248,6 +253,9 @@ class GracoSegmenter:
             raise ValueError("a phrase that nothing here can read: give prompts that `understood` has seen")
         return F.linear(self._text.encode([prompt.phrase])[0], *adapter.projection)
 
+    def foresee(self, encoded: Encoded, prompt: Prompt, state: GracoState) -> None:
+        """Return None: each step takes the photo as it is."""
+
     def render(self, encoded: Encoded, prompt: Prompt, state: GracoState, *, proposals: int = 1) -> Prediction:
         """Return the mask; its score is the IoU that its own probabilities let expect."""
         probability = _paste(state, encoded)
@@ -255,6 +263,10 @@ class GracoSegmenter:
         steered = prompt.granularity is not None or prompt.phrase is not None
         found = Proposal(mask=mask, score=_expected_iou(probability, mask), granularity=prompt.granularity)
         return Prediction(proposals=(found,), adapter=self.adapter if steered else None)
+
+    def base_offers(self, encoded: Encoded, prompt: Prompt, state: GracoState) -> Iterator[Proposal]:
+        """Yield the base's one mask; to ask beside the click would be a pass of the whole network each time."""
+        yield from self.render(encoded, prompt, state).proposals
 
     def probability(self, encoded: Encoded, prompt: Prompt, state: GracoState) -> FloatMap:
         """Return the probability map that the mask is cut from."""

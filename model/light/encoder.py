@@ -1,14 +1,14 @@
 """Ways to run the image encoder: torch as the reference, OpenVINO where it is faster on this CPU.
 
-Measured in docs/benchmarks.md: OpenVINO fp32 gives torch's masks at half the time on CPUs; int8 and bf16 do not keep
-the masks (IoU under 0.99), so they are not offered.
+It runs in a thread of its own that lets the decoder go first (`model.background`). Measured in docs/benchmarks.md:
+OpenVINO fp32 gives torch's masks at half the time on CPUs; int8 and bf16 do not keep the masks (IoU under 0.99), so
+they are not offered.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.background import background_thread
 from model.compiled import CompiledModel, ensure_exported, runtime_name, save_traced
 from model.light.network import SIDE
 from model.light.weights import IMAGE_ENCODER, load_part
@@ -43,27 +44,40 @@ def _load_encoder(weights: Path) -> ImageEncoder:
     return load_part(ImageEncoder(), load_file(weights), IMAGE_ENCODER)
 
 
-class TorchEncoder:
+class _Encoder:
+    """Encodes one image at a time: side by side they only take more memory."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._thread = background_thread("encode")
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the embedding 1, 256, 64, 64 in fp32; one call runs at a time."""
+        return self._thread.submit(self._run, pixels).result()
+
+    def _run(self, pixels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class TorchEncoder(_Encoder):
     """The network as torch runs it: fp32 on a CPU (the reference), half precision on a GPU."""
 
     def __init__(self, weights: Path, device: torch.device) -> None:
         """Load the encoder in `weights` onto `device`."""
         encoder = _load_encoder(weights)
         self.half = device.type == "cuda"
-        self.name = "torch-fp16" if self.half else "torch-fp32"
+        super().__init__("torch-fp16" if self.half else "torch-fp32")
         self._encoder = (encoder.half() if self.half else encoder.to(memory_format=torch.channels_last)).to(device)
         self._device = device
-        self._lock = threading.Lock()  # images one after the other: side by side they only take more memory
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Return the embedding 1, 256, 64, 64 in fp32; one call runs at a time."""
+    def _run(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(self._device, torch.float16 if self.half else torch.float32)
-        with self._lock, torch.inference_mode():
+        with torch.inference_mode():
             embedding: Tensor = self._encoder(pixels.to(memory_format=torch.channels_last)).float()
         return embedding
 
 
-class OpenVinoEncoder:
+class OpenVinoEncoder(_Encoder):
     """The network compiled by OpenVINO for this CPU, in fp32."""
 
     def __init__(self, weights: Path, digest: str, threads: int, folder: Path) -> None:
@@ -72,16 +86,14 @@ class OpenVinoEncoder:
         Raises:
             ImportError, RuntimeError: OpenVINO does not run here, or the export failed.
         """
-        self.name = "openvino-fp32"
-        self._lock = threading.Lock()
+        super().__init__("openvino-fp32")
         exported = folder / f"encoder-{digest[:16]}-{runtime_name()}"
         ensure_exported(exported, _MODEL, _export, weights)
-        self._run = CompiledModel(exported / _MODEL, threads=threads)
+        compiled = self._thread.submit(CompiledModel, exported / _MODEL, threads=threads)  # starts threads of its own
+        self._compiled = compiled.result()
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Return the embedding 1, 256, 64, 64 in fp32; one call runs at a time."""
-        with self._lock:
-            return torch.from_numpy(self._run(pixels.numpy()).copy())
+    def _run(self, pixels: Tensor) -> Tensor:
+        return torch.from_numpy(self._compiled(pixels.numpy()).copy())
 
 
 def _export(folder: Path, weights: Path) -> None:

@@ -189,11 +189,11 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = Mlp(CHANNELS, CHANNELS, CHANNELS, MASK_TOKENS)
 
     def forward(self, image: Tensor, image_pe: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits B, 4, 256, 256 and expected IoUs B, 4.
+        """Return logits B, 4, 4 * rows, 4 * columns and expected IoUs B, 4.
 
         Args:
-            image: embedding with the previous mask added, B, 256, 64, 64.
-            image_pe: positions of its cells, 1, 256, 64, 64.
+            image: embedding with the previous mask added, B, 256, rows, columns: 64 x 64, or the first of them.
+            image_pe: positions of its cells, 1, 256, rows, columns.
             prompt: vectors of points and box corners, B, N, 256.
         """
         outputs = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(len(prompt), -1, -1)
@@ -203,7 +203,8 @@ class MaskDecoder(nn.Module):
             image_pe.flatten(2).transpose(1, 2).contiguous(),
             torch.cat([outputs, prompt], dim=1),
         )
-        upscaled = self.output_upscaling(seen.transpose(1, 2).unflatten(2, (GRID, GRID)))  # B, 32, 256, 256
+        cells_again = seen.transpose(1, 2).unflatten(2, image.shape[-2:])
+        upscaled = self.output_upscaling(cells_again)  # B, 32, 4 * rows, 4 * columns
         weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1)
-        logits = (weights @ upscaled.flatten(2)).unflatten(2, (LOW_RES, LOW_RES))  # B, 4, 256, 256
+        logits = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
         return logits, self.iou_prediction_head(tokens[:, 0])

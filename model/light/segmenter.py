@@ -8,9 +8,10 @@ area: levels 1-3 the smallest, 4-7 the middle, 8-10 the largest.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -31,6 +32,8 @@ from model.light.ladder import cells, fill_square, growing
 from model.light.network import (
     BOX_BOTTOM_RIGHT,
     BOX_TOP_LEFT,
+    GRID,
+    LOW_RES,
     POINT_NEGATIVE,
     POINT_PADDING,
     POINT_POSITIVE,
@@ -52,6 +55,11 @@ _FIRST_WITH_BASE = (
     3  # click from which on the base has a say in wholes: where outlines are fine it is the better one then
 )
 _WHOLE = Granularity(LEVELS)
+_EIGHT = np.arange(8) * (np.pi / 4)
+_RING = 0.04 * np.stack([np.cos(_EIGHT), np.sin(_EIGHT)], axis=1)
+"""Where the base is asked beside a click: 8, 2, x and y as shares of the image's long side."""
+_TRUE_PER_SCORE = 0.82, -0.22
+"""Slope and start of the IoU with the nearest true mask over the base's score, fitted on clothing's `train` photos."""
 _RANK_LEVELS = (Granularity(2), Granularity(5), Granularity(10))  # where the three masks stand, small to large
 
 
@@ -62,6 +70,11 @@ class LightState:
     logits: npt.NDArray[np.float32]  # 4, 256, 256
     scores: tuple[float, ...]  # expected IoU of each, 0..1
     by_area: tuple[int, ...]  # tokens 1-3, smallest mask first
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory it takes."""
+        return self.logits.nbytes
 
     def token(self, prompt: Prompt) -> int:
         """Return the mask token that answers `prompt`."""
@@ -79,6 +92,17 @@ class LadderState:
     logits: npt.NDArray[np.float16]  # 10 or 11, 256, 256, in the square of `look`
     scores: tuple[float, ...]  # expected IoU of each, 0..1
     look: Look
+    ahead: Look | None = None  # where the next click is answered, if it is as foreseen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory it takes, with the embeddings of its looks, which later clicks there share."""
+        return self.logits.nbytes + sum(look.embedding.nbytes for look in self.looks if look.embedding is not None)
+
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """What is encoded: where it was answered, and where the next click may be."""
+        return (self.look,) if self.ahead is None else (self.look, self.ahead)
 
     def token(self, prompt: Prompt) -> int:
         """Return the place of the mask that answers `prompt`: its level's, else the phrase's."""
@@ -226,8 +250,15 @@ class LightSegmenter:
     def encode(self, image: RGBImage) -> Encoded:
         """Return the embedding of `image`, fp16 so that a cached one answers alike, and the image to look closer at."""
         fit = Fit(image.shape[0], image.shape[1], SIDE)
-        tensors = {"embedding": self._embedding(fit.resize(image)), "photo": focus.kept(image)}
-        return Encoded(tensors, fit.height, fit.width)
+        copies: list[Tensor] = []
+        copying = threading.Thread(target=lambda: copies.append(focus.kept(image)))  # up to a tenth of a second
+        copying.start()
+        try:
+            embedding = self._embedding(fit.resize(image))
+        finally:
+            copying.join()
+        photo = copies[0] if copies else focus.kept(image)  # where the thread failed, this says why
+        return Encoded({"embedding": embedding, "photo": photo}, fit.height, fit.width)
 
     def _embedding(self, resized: RGBImage) -> Tensor:
         """Return what the encoder makes of an image that is resized to its square: 1, 256, 64, 64, fp16."""
@@ -243,13 +274,29 @@ class LightSegmenter:
         if self._adapter is not None and (prompt.granularity is not None or prompt.phrase is not None):
             assert not isinstance(state, LightState)
             return self._climb(self._adapter, encoded, prompt, state)
-        previous = None if state is None else _previous(state, prompt)
+        return self._base_step(encoded, prompt, None if state is None else _previous(state, prompt))
+
+    def _base_step(
+        self, encoded: Encoded, prompt: Prompt, previous: FloatMap | None, *, padded: bool = True
+    ) -> LightState:
+        """Return the base's answer to all clicks of `prompt`, given its previous mask.
+
+        Args:
+            encoded: the image.
+            prompt: what is asked.
+            previous: logits 256, 256; None: there is no mask yet.
+            padded: read the cells of the square outside the image too, as published; without, it is sooner and a little
+                different.
+        """
+        fit = Fit(encoded.height, encoded.width, SIDE)
+        rows, columns = (GRID, GRID) if padded else cells(*fit.resized)
         with _DECODING, torch.inference_mode():
             embedding = encoded.tensors["embedding"].to(self._device).float()
             image, points = self._asked(embedding, prompt, _whole(encoded), previous)
-            logits, scores = self._mask_decoder(image, self._grid, points)
-        values = logits[0].float().cpu().numpy()
-        height, width = focus.filled(Fit(encoded.height, encoded.width, SIDE))
+            position = self._grid[..., :rows, :columns]
+            logits, scores = self._mask_decoder(image[..., :rows, :columns], position, points)
+        values = fill_square(logits)[0].float().cpu().numpy()
+        height, width = focus.filled(fit)
         areas = [np.count_nonzero(values[token, :height, :width] > 0) for token in _MULTI]
         return LightState(
             values,
@@ -281,7 +328,7 @@ class LightSegmenter:
         if state is not None:
             look, previous = state.look, _previous(state, prompt)
             if len(prompt.clicks) >= focus.FIRST_CLICK:
-                look = self._next_look(encoded, prompt, previous, state.look)
+                look = self._next_look(encoded, prompt, previous, state)
             if look is not state.look:
                 previous = focus.moved(previous, state.look, look)
         if look.embedding is not None:  # what lies outside a focus is left out already
@@ -304,17 +351,41 @@ class LightSegmenter:
             logits = fill_square(answers)[0].half().cpu().numpy()
         return LadderState(logits, tuple(float(s) for s in ladder.scores[0].sigmoid()), look)
 
-    def _next_look(self, encoded: Encoded, prompt: Prompt, found: FloatMap, last: Look) -> Look:
-        """Return where the last click of `prompt` is answered, encoding it if nothing before was answered there."""
-        whole = _whole(encoded)
+    def foresee(
+        self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState
+    ) -> Callable[[], LadderState] | None:
+        """Return what encodes the focus of the next click, as it is if that click adds nothing to look at."""
+        if not isinstance(state, LadderState) or len(prompt.clicks) + 1 < focus.FIRST_CLICK:
+            return None
+        wanted = self._wanted(encoded, prompt, np.asarray(state.logits[state.token(prompt)], np.float32), state.look)
+        if wanted == _whole(encoded) or any(look.focus == wanted for look in state.looks):
+            return None
+        return lambda: replace(state, ahead=self._look_at(encoded, wanted))
+
+    def _next_look(self, encoded: Encoded, prompt: Prompt, found: FloatMap, last: LadderState) -> Look:
+        """Return where the last click of `prompt` is answered, encoding it if it was not encoded before.
+
+        Args:
+            encoded: the image.
+            prompt: all clicks so far.
+            found: logits that answered all but the last, 256, 256.
+            last: the state that they are of.
+        """
+        wanted = self._wanted(encoded, prompt, found, last.look)
+        for look in last.looks:
+            if look.focus == wanted:
+                return look
+        return Look(wanted) if wanted == _whole(encoded) else self._look_at(encoded, wanted)
+
+    def _wanted(self, encoded: Encoded, prompt: Prompt, found: FloatMap, last: Look) -> Focus:
+        """Return where to look after what was found in the square of `last`, whether it is encoded or not."""
         places = [(click.x, click.y) for click in prompt.clicks if click.positive]
         if prompt.box is not None:
             places += [(prompt.box.left, prompt.box.top), (prompt.box.right, prompt.box.bottom)]
-        wanted = focus.next_focus(found, last, places, whole)
-        if wanted == last.focus:
-            return last
-        if wanted == whole:
-            return Look(whole)
+        return focus.next_focus(found, last, places, _whole(encoded))
+
+    def _look_at(self, encoded: Encoded, wanted: Focus) -> Look:
+        """Return the look at a focus, which is encoded now."""
         seen = focus.seen_in(encoded.tensors["photo"], wanted, encoded.height, encoded.width)
         return Look(wanted, self._embedding(seen))
 
@@ -348,6 +419,36 @@ class LightSegmenter:
             proposals=tuple(found),
             adapter=self.adapter if isinstance(state, LadderState) else None,
         )
+
+    def base_offers(self, encoded: Encoded, prompt: Prompt, state: LightState) -> Iterator[Proposal]:
+        """Yield the base's three masks of a click, then what it finds at eight places around; of a box, its mask."""
+        here = self.render(encoded, prompt, state, proposals=len(_MULTI)).proposals
+        if not prompt.clicks:
+            yield from here
+            return
+        slope, start = _TRUE_PER_SCORE
+        for one in itertools.chain(here, self._beside(encoded, prompt.clicks[0])):
+            yield replace(one, score=float(np.clip(slope * one.score + start, 0, 1)), granularity=None)
+
+    def _beside(self, encoded: Encoded, click: Click) -> Iterator[Proposal]:
+        """Yield the base's masks of clicks around `click` that hold it and differ, best score first: eight passes."""
+        fit = Fit(encoded.height, encoded.width, SIDE)
+        place, edge = np.array([click.x, click.y]), np.array([encoded.width, encoded.height]) - 0.5
+        around = (place + _RING * max(encoded.height, encoded.width)).clip(0.5, edge)
+        states = []
+        for x, y in dict.fromkeys(map(tuple, around.tolist())):  # at a corner some are one
+            beside = Prompt(clicks=(Click(x=x, y=y, positive=True),))
+            states.append(self._base_step(encoded, beside, None, padded=False))
+        ranked = [(state, token) for state in states for token in _MULTI]
+        ranked.sort(key=lambda one: -one[0].scores[one[1]])
+        height, width = focus.filled(fit)
+        column, row = (fit.to_square(place[None])[0] * (LOW_RES / SIDE)).astype(int).clip(0, (width - 1, height - 1))
+        masks = ((one, one[0].logits[one[1], :height, :width] > 0) for one in ranked)
+        pixel = min(int(click.y), encoded.height - 1), min(int(click.x), encoded.width - 1)
+        for state, token in differing((one, mask) for one, mask in masks if mask[row, column]):
+            mask = _map_of(encoded, state, token) > 0
+            if mask[pixel]:
+                yield Proposal(mask=mask, score=state.scores[token])
 
     def probability(self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState) -> FloatMap:
         """Return the probability map of the chosen mask."""

@@ -17,6 +17,7 @@ from PIL import Image
 
 from active_learning.corrections import Correction, CorrectionStore, held_out
 from active_learning.cycle import Limits, Workplace, run
+from active_learning.dataset import PLAIN
 from active_learning.gate import Margins
 from active_learning.images import ImageStore
 from active_learning.learn import LearningConfig
@@ -250,6 +251,31 @@ def test_held_out_photos_are_never_learned_from(place, trainings):
     found = annotated(place.store.snapshot("3"), place.images)
     assert {image.digest() for image in of_split(found, HOLD_OUT).images} == set(held)
     assert not {image.digest() for image in of_split(found, TRAIN).images} & set(held)
+
+
+def test_many_masks_are_learned_from_in_crops_too_which_are_counted_once_and_leave_no_file(place, trainings):
+    fill(place.store, place.images, photos=8)
+    found = of_split(annotated(place.store.snapshot("3"), place.images), TRAIN)
+    masks = sum(len(image.masks) for image in found.images)
+    many = replace(QUICK, fewest_steps=10, most_steps=10, views_from=masks)
+    assert {photo.view for photo in replace(many, views_from=masks + 1).photos(found)} == {PLAIN}
+    seen = many.photos(found)
+    assert len(seen) == 3 * len(found.images)
+    assert [photo.view for photo in seen] == [photo.view for photo in many.photos(found)], "a second attempt goes on"
+
+    crops = set()
+
+    def look():
+        for work in trainings.folder.iterdir():
+            crops.update(path.stem for path in work.glob("views/*/*/*.safetensors"))
+
+    ended = carry_out(place, trainings, config=many, pause=look)
+    assert crops <= {photo.embedding for photo in seen if photo.view != PLAIN}
+    assert crops
+    assert not {path.stem for path in place.embeddings.glob("*/*/*.safetensors")} & crops
+    assert not trainings.work(ended).exists()
+    (version,) = place.registry.versions("project-3")
+    assert read_adapter(place.registry.path(version)).card["masks"] == masks
 
 
 def test_a_training_killed_between_publishing_and_activating_is_finished_by_the_next_attempt(place, trainings):

@@ -2,13 +2,14 @@
 
 import itertools
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, View, embedding_id, photos_of, soft_levels
+from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, View, embedding_id, photos_of, soft_levels, views_of
 from model.annotations import encode, read_annotations
 from model.metrics import iou
 from model.types import LEVELS, Refusal
@@ -111,6 +112,36 @@ def test_a_photo_that_is_damaged_is_refused_by_name_when_it_is_encoded(tmp_path)
     files = EmbeddingFiles(tmp_path / "embeddings", Painter())
     with pytest.raises(Refusal, match=r"strip\.png"):
         files.encoded(photo)
+
+
+def test_views_other_than_the_plain_one_may_be_kept_in_a_folder_of_their_own(tmp_path, data):
+    digest = "ab" * 32
+    assert views_of(digest, 0, smallest=0.6, seed=0) == [PLAIN]
+    views = views_of(digest, 2, smallest=0.6, seed=0)
+    assert views == views_of(digest, 2, smallest=0.6, seed=0) != views_of(digest, 2, smallest=0.6, seed=1)
+    photos = photos_of(read_annotations(data / "strip"), lambda _: views)
+    files = EmbeddingFiles(tmp_path / "plain", Painter(), views=tmp_path / "others")
+    assert files.missing(photos) == photos
+    for photo in photos:
+        files.encoded(photo)
+    assert files.missing(photos) == []
+    assert {path.stem for path in (tmp_path / "plain").glob("*/*/*")} == {photos[0].embedding}
+    assert {path.stem for path in (tmp_path / "others").glob("*/*/*")} == {photo.embedding for photo in photos[1:]}
+
+
+def test_views_leave_a_disk_that_is_nearly_full_alone_and_are_read_where_they_are(tmp_path, data, monkeypatch):
+    views = views_of("ab" * 32, 2, smallest=0.6, seed=0)
+    plain, kept, late = photos_of(read_annotations(data / "strip"), lambda _: views)
+    painter = Painter()
+    files = EmbeddingFiles(tmp_path / "plain", painter, views=tmp_path / "others")
+    files.encoded(kept)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**30 - 1))
+    for photo in (plain, late):
+        assert files.encoded(photo).height == photo.height
+    assert files.missing([plain, kept, late]) == [late]
+    assert len(list((tmp_path / "others").glob("*/*/*"))) == 1
+    monkeypatch.setattr(Painter, "encode", lambda *_: pytest.fail("it is on disk"))
+    assert files.encoded(kept).height == kept.height
 
 
 def test_a_view_is_encoded_once_and_a_damaged_file_of_it_anew(tmp_path, photo, data):

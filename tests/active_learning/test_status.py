@@ -43,6 +43,15 @@ def test_after_the_end_another_can_be_asked_for_and_the_first_is_in_the_history(
     ]
 
 
+def test_after_the_end_nothing_is_left_of_what_it_worked_with_nor_of_one_killed_at_its_end(trainings):
+    (trainings.folder / "train-project-3-999" / "views").mkdir(parents=True)
+    status = trainings.ask("the button", now_s=1000.0)
+    (trainings.work(status) / "views").mkdir(parents=True)
+    trainings.end(status, "failed", "no memory")
+    assert not [path for path in trainings.folder.iterdir() if path.is_dir()]
+    assert len(trainings.history()) == 1
+
+
 def test_a_pending_training_tells_how_far_it_is(trainings):
     status = trainings.note(trainings.ask("the button"), state="running", step=5, steps=10, loss=0.5)
     assert trainings.pending() == status

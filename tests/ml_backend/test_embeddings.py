@@ -47,6 +47,18 @@ def test_memory_is_bounded_by_bytes_and_the_one_used_longest_ago_goes_first(tmp_
     assert cache._held == sum(e.nbytes for e in cache._memory.values()) <= 3 * 128 * KB
 
 
+def test_a_look_at_what_is_in_memory_neither_counts_nor_reads_nor_keeps_it_longer(tmp_path, counted):
+    cache = cache_in(tmp_path, memory_kb=2 * 128)
+    a, b, c = ids(3)
+    for image_id in (a, b):
+        cache.get_or_encode(image_id, encoded)
+    assert cache.peek(a) is not None
+    cache.get_or_encode(c, encoded)
+    assert cache.peek(a) is None, "it was used longest ago all the same, and its file is not read"
+    assert counted("graco_embeddings_total", source="memory") == 0
+    assert counted("graco_embeddings_total", source="disk") == 0
+
+
 def test_an_embedding_larger_than_all_memory_still_serves_the_image_at_hand(tmp_path):
     cache = cache_in(None, memory_kb=1)
     first, second = ids(2)

@@ -110,14 +110,14 @@ def assert_ladder(answer):
 
 
 def test_propose_offers_all_levels_of_one_click_small_to_large_and_one_mask_once_a_level_is_chosen(make_service):
-    service = make_service(propose=10)
+    service = make_service(propose=12)
     assert_ladder(one(service, ask(click(*ON_THE_DOOR))))
     for more in ([click(31, 40, level="0.5")], [click(31, 40), click(40, 45, region="c2")]):
         assert len(masks_of(one(service, ask(*more)))) == 1
 
 
 def test_propose_without_an_adapter_offers_three_masks(make_service):
-    answer = one(make_service(propose=10, adapter="none"), ask(click(31, 40)))
+    answer = one(make_service(propose=12, adapter="none"), ask(click(31, 40)))
     assert len(masks_of(answer)) == 3
     assert sorted(levels_of(answer)) == ["0.3", "0.5", "1.0"], "the labels nearest to 0.2, 0.5 and 1"
 

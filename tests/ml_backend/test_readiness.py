@@ -104,6 +104,27 @@ def test_ready_follows_the_worker_through_its_life(make_service, redis_url, work
     assert "no corrections worker" in ask(service, "?ready=1")[1]["reasons"][0]
 
 
+def test_a_worker_stopped_just_as_it_becomes_known_takes_its_leave(redis_url, tmp_path):
+    (tmp_path / "data").mkdir()
+    code = """if True:
+        import os, signal
+        from rq import SimpleWorker
+        from ml_backend.jobs import work
+        from ml_backend.settings import Settings
+        become_known = SimpleWorker.register_birth
+        def and_be_stopped(self):
+            become_known(self)
+            assert self.connection.smembers("rq:workers")
+            os.kill(os.getpid(), signal.SIGTERM)
+        SimpleWorker.register_birth = and_be_stopped
+        work(Settings())
+    """
+    environment = {"GRACO_REDIS_URL": redis_url, "GRACO_DATA_DIR": str(tmp_path / "data"), "PATH": "/usr/bin:/bin"}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, timeout=60, check=False)
+    assert ended.returncode == 0
+    assert look(redis_url).workers == ()
+
+
 def test_a_killed_worker_is_forgotten_within_two_minutes(redis_url, worker):
     with redis.Redis.from_url(redis_url) as connection:
         (key,) = wait_until(lambda: Worker.all_keys(connection=connection))

@@ -1,26 +1,31 @@
 """One model, many threads, two tiers of caches: what is answered depends on the request alone."""
 
+import io
 import json
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import ImageDraw
 
 import ml_backend.families
 import ml_backend.service
+from ml_backend import gunicorn_settings
 from ml_backend.app import create_app
 from ml_backend.images import TaskImage
 from ml_backend.label_config import read_config
 from ml_backend.predictions import predict_tasks
-from ml_backend.service import BoundedCache, serving_version
+from ml_backend.service import BoundedCache, Service, serving_version
 from ml_backend.settings import Settings
+from model.light.segmenter import LightSegmenter
 from model.segmenter import BUNDLED_ADAPTER
-from model.types import Click, Prompt, Refusal
-from tests.conftest import ROOT
+from model.types import Click, Granularity, Prompt, Refusal
+from tests.conftest import ROOT, lawn
 from tests.ml_backend.conftest import CHELSEA, SIZES, ask, box, click, picture, wait_until
 
 COFFEE = "/data/upload/3/f4aecc9d-coffee.jpg"
@@ -51,7 +56,7 @@ def test_sixteen_threads_with_200_mixed_requests_each_get_the_answers_computed_o
     assert len(set(expected)) == len(requests)
     crowded = make_service(embedding_memory_mb=8)
     crowded.shapes = BoundedCache(250_000)  # so small that answers are forgotten and made again all the while
-    crowded._states = BoundedCache(6)
+    crowded._states = BoundedCache(8 * 2**20)  # some six steps
     wrong = []
 
     def annotate(seed):
@@ -263,6 +268,156 @@ def test_images_waiting_to_be_encoded_are_bounded_and_each_waits_once(make_servi
     go.set()
     wait_until(lambda: not service._waiting)
     assert service.warm(images[99])
+
+
+def test_earlier_steps_are_kept_by_the_memory_they_take(make_service):
+    service = make_service()
+    service._states = BoundedCache(5 * 2**20)
+    for n in range(6):
+        answered(service, ask(click(20 + n, 40, level="0.5")))
+    held = [state.nbytes for state, _ in service._states._values.values()]
+    assert 1 < len(held) < 6
+    assert service._states._held == sum(held) <= 5 * 2**20
+
+
+@pytest.fixture
+def three_clicks(make_service, label_studio, monkeypatch):
+    """A service, the request of the fourth click on a small thing, and the threads that looked closer at it so far.
+
+    The first three are answered.
+    """
+    image = lawn(1200, 1800, (0.02, 0.02, 0.01))
+    ImageDraw.Draw(image).ellipse((1180, 780, 1260, 840), fill=(190, 40, 30))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    uri = label_studio.add("/data/upload/9/far.png", file.getvalue())
+    looked, look_at = [], LightSegmenter._look_at
+
+    def noted(*args):
+        looked.append(threading.current_thread().name)
+        return look_at(*args)
+
+    monkeypatch.setattr(LightSegmenter, "_look_at", noted)
+    spots = ((1220, 810), (1240, 800), (1195, 815), (1215, 790))
+    regions = [click(x / 18, y / 12, region=f"c{n}", level="1.0", size=(1800, 1200)) for n, (x, y) in enumerate(spots)]
+
+    def begin(service):
+        for n in range(1, 4):
+            answered(service, ask(*regions[:n], image=uri))
+        return service, ask(*regions, image=uri), looked
+
+    return lambda **chosen: begin(make_service(**chosen))
+
+
+def test_the_fourth_click_on_a_small_thing_finds_it_encoded(three_clicks, monkeypatch, tmp_path):
+    service, fourth, looked = three_clicks()
+    wait_until(lambda: not service._foreseen)
+    assert [name.startswith("warm") for name in looked] == [True]
+    foreseen = answered(service, fourth)
+    assert len(looked) == 1
+    monkeypatch.setattr(ml_backend.service, "foresee", lambda *args: None)
+    service, fourth, looked = three_clicks(folder=tmp_path / "other")
+    assert json.dumps(answered(service, fourth)) == json.dumps(foreseen)
+    assert [name.startswith("warm") for name in looked] == [True, False]
+
+
+def test_a_click_that_comes_while_it_is_made_ready_waits_and_nothing_is_encoded_twice(three_clicks, monkeypatch):
+    go, waiting = threading.Event(), threading.Event()
+    make_ready, wait = Service._make_ready, ml_backend.service.wait
+    monkeypatch.setattr(Service, "_make_ready", lambda *args: go.wait(30) and make_ready(*args))
+    monkeypatch.setattr(ml_backend.service, "wait", lambda futures: waiting.set() or wait(futures))
+    try:
+        service, fourth, looked = three_clicks()
+        wait_until(lambda: any(future.running() for future in service._foreseen.values()))
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(answered, service, fourth)
+            assert waiting.wait(30)
+            go.set()
+            assert answer.result(60)[0]["result"]
+    finally:
+        go.set()
+    wait_until(lambda: not service._foreseen)
+    assert [name.startswith("warm") for name in looked] == [True]
+
+
+def test_a_process_that_ends_drops_what_it_would_have_encoded_ahead(make_service, monkeypatch):
+    begun, go = [], threading.Event()
+    monkeypatch.setattr(Service, "encode_ahead", lambda self, image: begun.append(image) or go.wait(30))
+    service = make_service(start=False)
+    app = create_app(service)
+    images = [TaskImage(number, f"/data/upload/1/{number}.png") for number in range(3)]
+    assert all(service.warm(image) for image in images)
+    wait_until(lambda: begun)
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(gunicorn_settings.worker_exit, None, SimpleNamespace(wsgi=app))
+        wait_until(lambda: not service.warm(TaskImage(9, "/data/upload/1/late.png")))
+        assert not ended.done(), "what runs is finished"
+        go.set()
+        ended.result(30)
+    assert begun == images[:1]
+    gunicorn_settings.worker_exit(None, SimpleNamespace())  # the arbiter, or a process that has loaded nothing
+
+
+def test_a_click_does_not_wait_for_what_has_not_begun(three_clicks, monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(
+        Service, "start", lambda self, start=Service.start: start(self) or self._background.submit(go.wait)
+    )
+    try:
+        service, fourth, looked = three_clicks()
+        (future,) = service._foreseen.values()
+        assert answered(service, fourth)[0]["result"]
+        assert future.cancelled()
+    finally:
+        go.set()
+    assert [name.startswith("warm") for name in looked] == [False]
+
+
+def test_only_the_annotator_who_goes_on_drops_what_was_made_ready_for():
+    spots = tuple(Click(x=100.0 + n, y=100, positive=True) for n in range(4))
+    old = "image", "adapter", Prompt(clicks=spots[:3], granularity=Granularity(5))
+    further = "image", "adapter", Prompt(clicks=spots, granularity=Granularity(5))
+    level = "image", "adapter", Prompt(clicks=spots[:3], granularity=Granularity(2))
+    assert all(ml_backend.service._goes_on(new, old) for new in (further, level))
+    elsewhere = "image", "adapter", Prompt(clicks=spots[1:], granularity=Granularity(5))
+    version = "image", "other", further[2]
+    assert not any(ml_backend.service._goes_on(new, old) for new in (elsewhere, version))
+
+
+@pytest.mark.parametrize("since", [0, 3])
+def test_nothing_is_made_ready_while_somebody_waits_for_an_image(three_clicks, monkeypatch, since):
+    go = threading.Event()
+    monkeypatch.setattr(Service, "_warm", lambda self, image: go.wait(30) and self._waiting.discard(image))
+    make_ready, images = Service._make_ready, [TaskImage(1, "x")]
+    if since:  # asked for before, and begun after
+        monkeypatch.setattr(
+            Service, "_make_ready", lambda self, make: self._waiting.add(images[0]) or make_ready(self, make)
+        )
+    else:
+        monkeypatch.setattr(Service, "start", lambda self, start=Service.start: start(self) or self.warm(images[0]))
+    try:
+        service, fourth, looked = three_clicks()
+        if since:
+            wait_until(lambda: not service._foreseen and service._waiting)
+        assert not service._foreseen
+        answered(service, fourth)
+    finally:
+        go.set()
+    assert [name.startswith("warm") for name in looked] == [False]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_cannot_be_made_ready_is_a_line_in_the_log_and_the_click_is_answered(
+    three_clicks, monkeypatch, caplog, at_once
+):
+    def fails(*args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(ml_backend.service, "foresee", fails if at_once else lambda *args: fails)
+    service, fourth, looked = three_clicks()
+    assert answered(service, fourth)[0]["result"]
+    wait_until(lambda: "made ready for the next click" in caplog.text)
+    assert [name.startswith("warm") for name in looked] == [False]
 
 
 def test_an_image_that_cannot_be_warmed_is_a_sentence_in_the_log(make_service, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,12 @@ class Painter:
 
     def probability(self, encoded: Encoded, prompt: Prompt, state: object) -> FloatMap:
         return self.render(encoded, prompt, state).best.mask.astype(np.float32)
+
+    def foresee(self, encoded: Encoded, prompt: Prompt, state: object) -> None:
+        return None
+
+    def base_offers(self, encoded: Encoded, prompt: Prompt, state: object) -> Iterator[Proposal]:
+        yield from self.render(encoded, prompt, state, proposals=len(RADII)).proposals
 
     def encode(self, image: RGBImage) -> Encoded:
         return Encoded({"embedding": torch.zeros(1, 1, 1, 1)}, image.shape[0], image.shape[1])

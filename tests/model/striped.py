@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,12 @@ class Striped:
     def render(self, encoded: Encoded, prompt: Prompt, state: Any, *, proposals: int = 1) -> Prediction:
         masks = state[:proposals]
         return Prediction(proposals=tuple(Proposal(mask=m, score=0.95 - 0.05 * i) for i, m in enumerate(masks)))
+
+    def foresee(self, encoded: Encoded, prompt: Prompt, state: Any) -> None:
+        return None
+
+    def base_offers(self, encoded: Encoded, prompt: Prompt, state: Any) -> Iterator[Proposal]:
+        yield from self.render(encoded, prompt, state, proposals=STRIPES).proposals
 
     def probability(self, encoded: Encoded, prompt: Prompt, state: Any) -> np.ndarray:
         """Falls from 1 at the click to 0 at the far end of the flag."""

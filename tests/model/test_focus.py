@@ -21,7 +21,7 @@ from model.light.focus import OUTSIDE, Look, filled, kept, moved, next_focus, pa
 from model.light.network import LOW_RES, SIDE
 from model.light.segmenter import LadderState, LightState
 from model.metrics import iou
-from model.segmenter import BUNDLED_ADAPTER, Encoded, Segmenter, predict
+from model.segmenter import BUNDLED_ADAPTER, Encoded, Segmenter, foresee, predict
 from model.types import Box, Click, Granularity, Mask, Prediction, Prompt, RGBImage
 from tests.conftest import lawn
 
@@ -400,6 +400,13 @@ def test_the_answer_has_the_photos_size_and_lies_within_the_focus(journey, ladde
     np.testing.assert_array_equal(probability > 0.5, mask)
 
 
+def test_a_state_in_a_focus_weighs_its_embedding_too(journey):
+    plain, closer = journey.state(3), journey.state(4)
+    assert plain.nbytes == plain.logits.nbytes > 2**20
+    assert closer.nbytes == plain.nbytes + 256 * 64 * 64 * 2
+    assert journey.state(5).look.embedding is closer.look.embedding
+
+
 @pytest.mark.parametrize("journey", [10], indirect=True)
 def test_a_cold_memo_gives_the_answer_of_a_warm_one_in_a_focus(journey, ladder, encoded):
     cold = predict(ladder, encoded, journey.prompt()).best
@@ -451,6 +458,67 @@ def test_a_positive_click_far_outside_the_focus_is_answered_on_all_of_the_photo(
     mask = ladder.render(encoded, prompt, state).best.mask
     assert mask[300, 300]
     assert mask[810, 1220]
+    assert not calls
+
+
+# --- what is made ready for the click to come ---
+
+
+@pytest.fixture
+def made_ready(journey: Journey, ladder: Segmenter, encoded: Encoded) -> dict[Prompt, LadderState]:
+    """A memo of three clicks that the fourth was made ready for."""
+    memo = {prompt: state for prompt, state in journey.memo.items() if len(prompt.clicks) < 4}
+    make = foresee(ladder, encoded, journey.prompt(3), memo)
+    assert make is not None
+    assert memo[journey.prompt(3)].ahead is None, "nothing is done before it is called"
+    make()
+    return memo
+
+
+def test_a_fourth_click_that_was_made_ready_for_encodes_nothing_and_gives_the_same(
+    made_ready, journey, ladder, encoded, monkeypatch
+):
+    calls = counted(monkeypatch)
+    answer = predict(ladder, encoded, journey.prompt(4), memo=made_ready)
+    assert not calls
+    expected = journey.answers[3].best
+    np.testing.assert_array_equal(answer.best.mask, expected.mask)
+    assert answer.best.score == expected.score
+    np.testing.assert_array_equal(made_ready[journey.prompt(4)].logits, journey.state(4).logits)
+
+
+def test_a_state_weighs_what_was_made_ready_too(made_ready, journey):
+    assert made_ready[journey.prompt(3)].nbytes == journey.state(3).nbytes + 256 * 64 * 64 * 2
+
+
+def test_a_click_that_was_not_foreseen_is_answered_as_if_nothing_had_been(
+    made_ready, journey, ladder, encoded, monkeypatch
+):
+    calls = counted(monkeypatch)
+    elsewhere = Prompt(clicks=(*CLICKS[:3], Click(x=1320, y=810, positive=True)), granularity=journey.level)
+    ready = predict(ladder, encoded, elsewhere, memo=made_ready).best
+    assert len(calls) == 1
+    cold = predict(ladder, encoded, elsewhere).best
+    np.testing.assert_array_equal(ready.mask, cold.mask)
+    assert ready.score == cold.score
+
+
+def test_nothing_is_made_ready_where_nothing_takes_long(journey, made_ready, segmenter, ladder, encoded, monkeypatch):
+    calls = counted(monkeypatch)
+    for n in (1, 2, 4, 5):  # no focus yet, and in it already
+        assert foresee(ladder, encoded, journey.prompt(n), dict(journey.memo)) is None
+    assert foresee(ladder, encoded, journey.prompt(3), made_ready) is None, "it is ready"
+    assert foresee(ladder, encoded, journey.prompt(3), {}) is None, "its answer is forgotten"
+    large = tuple(Click(x=x, y=300, positive=True) for x in (300.0, 200.0, 400.0))
+    everything = Box(left=20, top=20, right=1780, bottom=1180)
+    for model, prompt in (
+        (ladder, Prompt(clicks=CLICKS[:3])),
+        (segmenter, Prompt(clicks=CLICKS[:3], granularity=journey.level)),
+        (ladder, Prompt(clicks=large, granularity=journey.level, box=everything)),
+    ):
+        memo: dict = {}
+        predict(model, encoded, prompt, memo=memo)
+        assert foresee(model, encoded, prompt, memo) is None
     assert not calls
 
 

@@ -97,6 +97,23 @@ def test_an_unknown_family_is_refused():
         load_segmenter("sam9", WEIGHTS)
 
 
+def test_without_the_cells_of_the_padding_the_base_finds_much_the_same(segmenter, scene):
+    encoded = segmenter.encode(scene)  # 640 x 480: a fourth of the cells is padding
+    prompt = Prompt(clicks=(Click(x=490, y=250, positive=True),))
+    padded, bare = (segmenter._base_step(encoded, prompt, None, padded=padded) for padded in (True, False))
+    np.testing.assert_array_equal(padded.logits, segmenter.step(encoded, prompt, None).logits)
+    assert bare.logits.shape == padded.logits.shape
+    assert not np.array_equal(bare.logits, padded.logits)
+    for one, other in zip(bare.logits[:, :192] > 0, padded.logits[:, :192] > 0, strict=True):
+        assert iou(one, other) > 0.75
+    decoder, prompts = segmenter.mask_decoder, segmenter.prompt_encoder
+    points = prompts.points(torch.tensor([[[100.0, 100.0]]]), torch.tensor([[1]]))
+    logits, scores = decoder(
+        encoded.tensors["embedding"].float()[..., :48, :], prompts.grid_position()[..., :48, :], points
+    )
+    assert (logits.shape, scores.shape) == ((1, 4, 192, 256), (1, 4))
+
+
 def test_folding_the_norms_changes_no_number():
     torch.manual_seed(0)
     unfolded = ImageEncoder(folded=False).eval()

@@ -9,8 +9,8 @@ import pytest
 from model.adapter import read_adapter, write_adapter
 from model.light.segmenter import LightSegmenter
 from model.metrics import iou
-from model.segmenter import Encoded, digest_of_file, predict
-from model.types import Box, Click, Granularity, Prompt, Refusal
+from model.segmenter import Encoded, Segmenter, digest_of_file, predict
+from model.types import MAX_PROPOSALS, Box, Click, Granularity, Prediction, Prompt, Proposal, Refusal
 from tests.conftest import ROOT, WEIGHTS
 
 ADAPTER = ROOT / "model" / "weights" / "light-granularity.safetensors"
@@ -31,6 +31,10 @@ def ladder(segmenter):
 def name() -> str:
     """A name of the adapter's vocabulary."""
     return read_adapter(ADAPTER).card["vocabulary"][0]
+
+
+def offers_of(ladder: Segmenter, encoded: Encoded, prompt: Prompt) -> tuple[Proposal, ...]:
+    return tuple(ladder.base_offers(encoded, prompt, ladder.step(encoded, prompt, None)))
 
 
 def on_disc(*more: Click) -> Prompt:
@@ -186,13 +190,14 @@ def test_a_level_is_answered_by_the_adapter_with_one_mask_that_says_it(ladder, e
 def test_all_levels_of_one_click_differ_and_go_from_small_to_large(segmenter, ladder, encoded):
     for x, y in ((200, 220), (490, 300), (540, 250)):
         prompt = Prompt(clicks=(Click(x=x, y=y, positive=True),))
-        found = predict(ladder, encoded, prompt, proposals=10)
+        found = predict(ladder, encoded, prompt, proposals=MAX_PROPOSALS)
         areas = [p.mask.sum() for p in found.proposals]
         assert areas == sorted(areas)
         for one, other in itertools.combinations(found.proposals, 2):
             assert iou(one.mask, other.mask) < 0.9
         assert found.best.score == max(p.score for p in found.proposals)
         base = [p.mask for p in predict(segmenter, encoded, prompt, proposals=3).proposals]
+        base += [p.mask for p in offers_of(ladder, encoded, prompt)]
         for p in found.proposals:
             if p.granularity is None:
                 assert any(np.array_equal(p.mask, mask) for mask in base)
@@ -206,7 +211,7 @@ def test_all_levels_of_one_click_differ_and_go_from_small_to_large(segmenter, la
 def test_all_levels_leave_out_no_mask_of_the_base_and_put_none_in_the_place_of_a_levels(segmenter, ladder, encoded):
     for x, y in ((200, 220), (490, 300), (540, 250), (20, 20), (600, 460)):
         prompt = Prompt(clicks=(Click(x=x, y=y, positive=True),))
-        found = predict(ladder, encoded, prompt, proposals=10).proposals
+        found = predict(ladder, encoded, prompt, proposals=MAX_PROPOSALS).proposals
         for mask in (p.mask for p in predict(segmenter, encoded, prompt, proposals=3).proposals if p.mask.any()):
             assert max(iou(mask, p.mask) for p in found) > 0.84
         levels = [p.granularity.level for p in found if p.granularity is not None]
@@ -226,18 +231,117 @@ def test_no_level_of_a_first_click_is_smaller_than_the_one_before(ladder, encode
         assert all(after >= 0.99 * before for before, after in itertools.pairwise(areas)), areas
 
 
-def test_one_step_answers_every_level_of_the_first_click_and_one_more_what_the_base_offers(
+CORNERS = ((0, 0), (639.9, 479.9))
+
+
+@pytest.mark.parametrize("place", [(200, 220), (490, 300), *CORNERS])
+def test_the_base_offers_what_it_finds_at_a_click_and_of_what_it_finds_around_what_holds_it(
+    segmenter, ladder, encoded, place
+):
+    x, y = place
+    prompt = Prompt(clicks=(Click(x=x, y=y, positive=True),))
+    found = offers_of(ladder, encoded, prompt)
+    assert all(p.granularity is None and p.mask.shape == (encoded.height, encoded.width) for p in found)
+    here, around = found[:3], found[3:]
+    for p, own in zip(here, predict(segmenter, encoded, prompt, proposals=3).proposals, strict=True):
+        assert np.array_equal(p.mask, own.mask)
+        assert p.score == pytest.approx(0.82 * own.score - 0.22), "the base thinks too well of its masks"
+    assert [p.score for p in around] == sorted((p.score for p in around), reverse=True)
+    assert around or place in CORNERS
+    for one, other in itertools.combinations(around, 2):
+        assert iou(one.mask, other.mask) < 0.9
+    near = np.zeros((encoded.height, encoded.width), bool)
+    near[max(0, int(y) - 2) : int(y) + 3, max(0, int(x) - 2) : int(x) + 3] = True
+    assert all(p.mask[int(y), int(x)] for p in around)
+    answers = []
+    for turn in np.arange(8) * np.pi / 4:
+        beside_x, beside_y = x + 0.04 * encoded.width * np.cos(turn), y + 0.04 * encoded.width * np.sin(turn)
+        at = Click(
+            x=min(max(beside_x, 0.5), encoded.width - 0.5),
+            y=min(max(beside_y, 0.5), encoded.height - 0.5),
+            positive=True,
+        )
+        beside = Prompt(clicks=(at,))
+        state = segmenter._base_step(encoded, beside, None, padded=False)
+        answers += [p.mask for p in segmenter.render(encoded, beside, state, proposals=3).proposals]
+    for p in around:
+        assert any(np.array_equal(p.mask, mask) for mask in answers)
+    for mask in answers:
+        if (mask & near).sum() == near.sum():
+            assert max(iou(mask, p.mask) for p in around) > 0.8
+
+
+def test_around_a_box_the_base_is_not_asked(segmenter, ladder, encoded):
+    box = Prompt(box=Box(left=100, top=120, right=300, bottom=320))
+    (one,) = offers_of(ladder, encoded, box)
+    own = predict(segmenter, encoded, box).best
+    assert np.array_equal(one.mask, own.mask)
+    assert one.score == own.score
+
+
+def passes(patch: pytest.MonkeyPatch) -> list[Prompt]:
+    """Return a list that grows by what is asked with every pass of the ladder or the base."""
+    asked: list[Prompt] = []
+
+    def note(name: str) -> None:
+        original = getattr(LightSegmenter, name)
+
+        def noted(*args, **chosen):
+            asked.append(next(arg for arg in args if isinstance(arg, Prompt)))
+            return original(*args, **chosen)
+
+        patch.setattr(LightSegmenter, name, noted)
+
+    note("_climb")
+    note("_base_step")
+    return asked
+
+
+def test_one_step_answers_every_level_of_the_first_click_and_one_more_and_eight_beside_what_the_base_offers(
     ladder, encoded, monkeypatch
 ):
-    steps = []
-    original = LightSegmenter.step
-    monkeypatch.setattr(LightSegmenter, "step", lambda *a: steps.append(1) or original(*a))
+    steps = passes(monkeypatch)
     memo: dict = {}
     for level in range(1, 11):
         predict(ladder, encoded, Prompt(clicks=on_disc().clicks, granularity=Granularity(level)), memo=memo)
     assert len(steps) == 1
     predict(ladder, encoded, on_disc(), memo=memo, proposals=10)
-    assert len(steps) == 2
+    assert len(steps) == 1 + 1 + 8
+    assert len(memo) == 2, "what was asked beside is nobody's earlier click"
+
+
+def test_the_base_is_asked_only_where_the_levels_leave_room_and_nowhere_twice(ladder, encoded, monkeypatch):
+    steps = passes(monkeypatch)
+    assert len(predict(ladder, encoded, on_disc(), proposals=2).proposals) == 2
+    assert len(steps) == 1, "two levels that differ are enough"
+    steps.clear()
+    predict(ladder, encoded, Prompt(clicks=(Click(x=0, y=0, positive=True),)), proposals=MAX_PROPOSALS)
+    assert len(steps) == len(set(steps)) == 2 + 6, "at a corner three of the eight places are one"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2000), (2000, 3), (7, 1600), (20, 20), (1700, 1300)])
+def test_photos_of_any_shape_have_all_levels_small_to_large(ladder, size):
+    height, width = size
+    encoded = ladder.encode(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    for x, y in ((width / 2, height / 2), (0, 0), (width - 0.01, height - 0.01)):
+        prompt = Prompt(clicks=(Click(x=x, y=y, positive=True),))
+        found = predict(ladder, encoded, prompt, proposals=MAX_PROPOSALS).proposals
+        assert 1 <= len(found) <= MAX_PROPOSALS
+        assert all(p.mask.shape == (height, width) and 0 <= p.score <= 1 for p in found)
+        areas = [int(p.mask.sum()) for p in found]
+        assert areas == sorted(areas)
+
+
+def test_eight_threads_are_offered_what_one_is(ladder, encoded):
+    prompts = [Prompt(clicks=(Click(x=60 * n + 80, y=200 + 10 * n, positive=True),)) for n in range(8)]
+
+    def asked(prompt: Prompt) -> Prediction:
+        return predict(ladder, encoded, prompt, proposals=MAX_PROPOSALS)
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(asked, prompts))
+    for one, other in zip(together, map(asked, prompts), strict=True):
+        assert same(one, other)
 
 
 def test_a_warm_memo_gives_the_answer_of_a_cold_one_with_levels_and_phrases(ladder, encoded, name):

@@ -280,13 +280,28 @@ def _report(
         "before_the_clock": filled,
         "rows": [asdict(row) for row in rows],
         **recorded,
+        "slow_clicks": team.recorder.slow(REACH_P95_S, *CLICKS),
         "clicks_a_second": round(len(clicks) / lasted_s, 2),
         "annotations": lost,
         "log": log[:20],
         "memory": memory,
         "queues": queues,
+        "steps": _steps(scrapes),
         "training": training,
     }
+
+
+def _steps(scrapes: list[dict[str, float]]) -> Json:
+    """Return how often each step of an answer was taken between the first scrape and the last, and its mean time."""
+    found: Json = {}
+    for name in scrapes[-1] if scrapes else ():
+        step = re.fullmatch(r'graco_step_seconds_count\{step="(\w+)"\}', name)
+        count = scrapes[-1][name] - scrapes[0].get(name, 0.0)
+        if step and count:
+            total = name.replace("_count{", "_sum{")
+            seconds = scrapes[-1][total] - scrapes[0].get(total, 0.0)
+            found[step[1]] = {"count": round(count), "mean_ms": round(1000 * seconds / count, 1)}
+    return found
 
 
 def _to_blame(one: Json) -> bool:
@@ -297,7 +312,8 @@ def _memory(processes: list[Process], lasted_s: float) -> Json:
     """Return by role what processes held; of those that come and go (a training, a job) the highest of each."""
     by_role: defaultdict[str, list[Process]] = defaultdict(list)
     for process in processes:
-        by_role[process.role].append(process)
+        if process.rss_mb:  # else it had ended before its first measurement
+            by_role[process.role].append(process)
     found: Json = {}
     for role, several in sorted(by_role.items()):
         last = several[-1]

@@ -26,7 +26,8 @@ from tests.soak.recorder import Recorder
 Json = dict[str, Any]
 PROJECT = 3
 WARM, FIRST, UNSEEN, OPEN = "click", "first click, task opened before", "first click, image new", "task opened"
-CLICKS = (WARM, FIRST, UNSEEN)
+FOURTH = "fourth click at a level or phrase"  # where small things are looked at again
+CLICKS = (WARM, FOURTH, FIRST, UNSEEN)
 _LIMIT_S = {"/predict": 100.0, "/webhook": 1.0, "/setup": 3.0, "/health": 1.0}  # as long as Label Studio waits
 _NOTHING = "the model finds nothing at these clicks"
 _PHRASES = ("wheel", "car door", "person", "the window", "something without a name")
@@ -154,7 +155,8 @@ class Annotator:
                     break
                 clicks.append(spot)
             regions = drawn + self._regions(picture, clicks, turn, level, phrase)
-            kind = first if turn == 0 else WARM
+            fourth = len(clicks) == 4 and (how == "level" or phrase)
+            kind = first if turn == 0 else FOURTH if fourth else WARM
             result = self._ask(kind, self._request(picture, number, regions, accepted))
             if result is None:
                 break

@@ -19,7 +19,7 @@ class Recorder:
     def __init__(self) -> None:
         """Start with nothing."""
         self._lock = threading.Lock()
-        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self._taken: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)  # when it began, how long it took
         self._errors: list[str] = []
         self._counts: Counter[str] = Counter()
         self._began_s = time.monotonic()
@@ -27,7 +27,7 @@ class Recorder:
     def took(self, kind: str, seconds: float) -> None:
         """Note the time of a request that was answered."""
         with self._lock:
-            self._seconds[kind].append(seconds)
+            self._taken[kind].append((time.monotonic() - self._began_s - seconds, seconds))
 
     def wrong(self, kind: str, sentence: str) -> None:
         """Note an error."""
@@ -42,7 +42,18 @@ class Recorder:
     def seconds(self, *kinds: str) -> list[float]:
         """Return the seconds of all requests of these kinds."""
         with self._lock:
-            return [taken for kind in kinds for taken in self._seconds[kind]]
+            return [seconds for kind in kinds for _, seconds in self._taken[kind]]
+
+    def slow(self, limit_s: float, *kinds: str) -> list[tuple[float, str, float]]:
+        """Return when each request of these kinds began that took longer, s, its kind, and how long it took, s."""
+        with self._lock:
+            found = [
+                (round(began_s, 1), kind, round(seconds, 2))
+                for kind in kinds
+                for began_s, seconds in self._taken[kind]
+                if seconds > limit_s
+            ]
+        return sorted(found)
 
     def to_json(self) -> Json:
         """Return figures by kind, counts, and the first errors."""
@@ -51,7 +62,9 @@ class Recorder:
                 "errors": len(self._errors),
                 "first_errors": self._errors[:_SHOWN],
                 "counts": dict(sorted(self._counts.items())),
-                "milliseconds": {kind: percentiles(taken) for kind, taken in sorted(self._seconds.items())},
+                "milliseconds": {
+                    kind: percentiles([seconds for _, seconds in taken]) for kind, taken in sorted(self._taken.items())
+                },
             }
 
 

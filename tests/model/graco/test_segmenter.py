@@ -95,7 +95,7 @@ def test_with_a_memo_each_further_click_is_one_pass_of_the_image_and_its_mirror_
     assert passes == [2, 2, 2]
     passes.clear()
     predict(adapted, encoded, Prompt(clicks=THREE[:1]), proposals=10)
-    assert passes == [20, 2], "all levels in one pass, and what the base says"
+    assert passes == [20, 2], "all levels in one pass, and what the base says; nothing beside, which takes seconds"
 
 
 class Forgetful(dict):
@@ -120,6 +120,13 @@ def test_of_a_photo_the_pixels_that_the_network_needs_are_those_of_the_whole_one
     pixels = torch.from_numpy(np.random.default_rng(4).integers(0, 256, (*size, 3), dtype=np.uint8))
     whole = F.interpolate(pixels.permute(2, 0, 1)[None].float() / 255, (448, 448), mode="bilinear", align_corners=True)
     torch.testing.assert_close(_sampled(pixels, 448), whole[0], rtol=0, atol=1e-6)
+
+
+def test_a_state_holds_no_more_memory_than_it_says(adapted, encoded):
+    first = [Prompt(clicks=THREE[:1], granularity=Granularity(level)) for level in range(1, 11)]
+    for state in adapted.steps(encoded, first, [None] * 10):
+        held = state.probability if state.probability.base is None else state.probability.base
+        assert held.nbytes == state.nbytes == 4 * state.probability.size, "not the map of the whole pass"
 
 
 def test_levels_of_one_pass_are_those_of_ten(adapted, encoded):
