@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image, ImageDraw
 
@@ -22,6 +25,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what room was left, so that a full disk or memory does not look like failing tests."""
+    place = Path(tempfile.gettempdir())
+    free, memory = shutil.disk_usage(place).free / 2**30, psutil.virtual_memory().available / 2**30
+    terminalreporter.write_line(f"left at the end: {free:.1f} GiB of disk in {place}, {memory:.1f} GiB of memory")
 
 
 def missing(what: str) -> None:

@@ -113,7 +113,7 @@ def _decoder(found: AdapterFile, base: MaskDecoder, width: int, branches: list[s
         for name, delta in found.deltas(branches).items():
             if weights[name].shape != delta.shape:
                 raise Refusal(f"the adapter's {name} has shape {tuple(delta.shape)}, not {tuple(weights[name].shape)}")
-            weights[name].add_(delta)
+            weights[name].add_(delta.to(weights[name].device))
     return ladder.eval().requires_grad_(False)
 
 

@@ -45,12 +45,12 @@ class LadderDecoder(nn.Module):
         """Begin as `base` answers: levels 1, 5.5 and 10 are its three masks, those between lie between.
 
         Args:
-            base: the decoder to begin from; copied.
+            base: the decoder to begin from; copied. The new one is on its device.
             phrase_width: numbers of a phrase's embedding.
         """
         super().__init__()
         tokens = base.mask_tokens.weight.detach()[1:]  # part of a part, part, whole
-        mixing = _between(len(tokens))
+        mixing = _between(len(tokens)).to(tokens.device)
         self.transformer = copy.deepcopy(base.transformer)
         self.iou_token = copy.deepcopy(base.iou_token)
         self.mask_tokens = copy.deepcopy(base.mask_tokens)
@@ -66,6 +66,7 @@ class LadderDecoder(nn.Module):
         self.phrase_leaning = nn.Parameter(torch.zeros(1, len(tokens)))
         self.phrase_projection = nn.Linear(phrase_width, CHANNELS)
         nn.init.zeros_(self.phrase_projection.bias)
+        self.to(tokens.device)
 
     def forward(self, image: Tensor, image_pe: Tensor, prompt: Tensor, phrase: Tensor | None = None) -> Ladder:
         """Return the answers of all ten levels, and with a phrase an eleventh, the phrase's own.
@@ -108,7 +109,7 @@ def _zero(layer: nn.Module) -> nn.Linear:
 
 
 def _embedding(values: Tensor) -> nn.Embedding:
-    embedding = nn.Embedding(*values.shape)
+    embedding = nn.Embedding(*values.shape, device=values.device)
     embedding.weight.data.copy_(values)
     return embedding
 

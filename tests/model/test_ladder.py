@@ -1,5 +1,6 @@
 """The decoder that answers all ten levels in one pass."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -8,8 +9,10 @@ import torch
 from scipy.optimize import isotonic_regression
 
 from model.geometry import Fit
+from model.light.adapter import load_ladder
 from model.light.ladder import LOGITS_PER_CELL, LadderDecoder, _between, cells, fill_square, growing
 from model.light.network import CHANNELS, GRID, POINT_PADDING, POINT_POSITIVE, SIDE
+from model.segmenter import BUNDLED_ADAPTER
 from model.types import LEVELS
 
 WIDTH = 5  # of a phrase's vector
@@ -114,3 +117,16 @@ def test_each_level_is_shared_out_between_the_nearest_two_anchors(anchors):
     torch.testing.assert_close(shares.sum(1), torch.ones(LEVELS))
     assert ((shares > 0).sum(1) <= 2).all()
     assert shares[0, 0] == shares[-1, -1] == 1
+
+
+def test_a_ladder_lies_where_its_base_does(segmenter):
+    """As on a GPU: `meta` too refuses to compute with tensors of another device."""
+    base = copy.deepcopy(segmenter.mask_decoder).to("meta")
+    assert {tensor.device.type for tensor in LadderDecoder(base, WIDTH).state_dict().values()} == {"meta"}
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")  # whose values are not kept
+def test_an_adapter_is_loaded_beside_a_base_on_another_device(segmenter):
+    base = copy.deepcopy(segmenter.mask_decoder).to("meta")
+    adapter = load_ladder(BUNDLED_ADAPTER, base, segmenter.digest, torch.device("meta"))
+    assert {tensor.device.type for tensor in adapter.level.state_dict().values()} == {"meta"}

@@ -15,8 +15,8 @@ from model.light.network import SIDE, MaskDecoder, PromptEncoder
 from model.light.segmenter import LightSegmenter
 from model.light.weights import IMAGE_ENCODER, MASK_DECODER, PROMPT_ENCODER, from_mobile_sam, load_part, pack
 from model.metrics import iou
-from model.segmenter import load_segmenter, predict
-from model.types import Click, Prompt, Refusal
+from model.segmenter import BUNDLED_ADAPTER, load_segmenter, predict
+from model.types import Click, Granularity, Prompt, Refusal
 from tests.conftest import WEIGHTS
 
 EMBEDDING_TOLERANCE = 2e-3
@@ -173,12 +173,12 @@ def test_the_compiled_encoder_is_kept_and_used_by_the_next_start(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_in_half_precision_gives_nearly_the_masks_of_the_cpu(segmenter, scene):
     gpu = LightSegmenter.load(WEIGHTS, device="cuda")
-    prompt = Prompt(clicks=(Click(x=200, y=220, positive=True),))
     assert gpu.encoding.endswith("torch-fp16")
-    assert (
-        iou(
-            predict(gpu, gpu.encode(scene), prompt).best.mask,
-            predict(segmenter, segmenter.encode(scene), prompt).best.mask,
+    click = Click(x=200, y=220, positive=True)
+    for prompt in (Prompt(clicks=(click,)), Prompt(clicks=(click,), granularity=Granularity(10))):
+        there, here = (
+            predict(one, one.encode(scene), prompt)
+            for one in (gpu.with_adapter(BUNDLED_ADAPTER), segmenter.with_adapter(BUNDLED_ADAPTER))
         )
-        >= 0.97
-    )
+        assert there.adapter == here.adapter
+        assert iou(there.best.mask, here.best.mask) >= 0.97
