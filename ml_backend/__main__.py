@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -328,6 +330,7 @@ def simulate_command(
     from model.annotations import read_annotations
 
     console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the backends are stopped on the way out
     try:
         plan = Plan(
             rounds=tuple(int(text) for text in rounds.split(",")),

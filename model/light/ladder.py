@@ -109,7 +109,8 @@ def _zero(layer: nn.Module) -> nn.Linear:
 
 
 def _embedding(values: Tensor) -> nn.Embedding:
-    embedding = nn.Embedding(*values.shape, device=values.device)
+    rows, width = values.shape
+    embedding = nn.Embedding(rows, width, device=values.device)
     embedding.weight.data.copy_(values)
     return embedding
 

@@ -1,7 +1,11 @@
 """A simulated team at a real backend: it clicks, submits, trains, and its clicks are counted before and after."""
 
 import json
+import signal
+import subprocess
+import sys
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -11,6 +15,8 @@ from ml_backend.simulate import Plan, Round, compared, corrections_until, simula
 from model.annotations import AnnotationSet
 from model.types import Refusal
 from tests.active_learning.drawn import strip, strip_masks, write_photos
+from tests.conftest import ROOT
+from tests.ml_backend.conftest import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +77,20 @@ def test_a_folder_without_held_out_photos_is_refused_before_anything_starts(draw
     with pytest.raises(Refusal, match="more are needed"):
         simulate(AnnotationSet(name="few", licence="", images=tuple(few)), Plan(), tmp_path / "data")
     assert not (tmp_path / "data").exists()
+
+
+def test_told_to_end_it_takes_its_backend_along(shared, tmp_path):
+    command = [sys.executable, "-m", "ml_backend", "simulate", str(shared / "data" / "penn-fudan")]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--report", str(tmp_path / "report.json")], cwd=ROOT, stdout=log, stderr=log
+        )
+    try:
+        below = psutil.Process(process.pid)
+        wait_until(lambda: len(below.children(recursive=True)) > 2, limit_s=60)
+        started = below.children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+        wait_until(lambda: not any(one.is_running() for one in started), limit_s=30)
+    finally:
+        process.kill()
