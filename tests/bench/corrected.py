@@ -142,8 +142,8 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of the photos' order and of the training")
     parser.add_argument("--objects", type=int, default=120, help="of the hold-out, at most")
     parser.add_argument("--work", type=Path, help="keeps embeddings for the next time")
-    parser.add_argument("settings", nargs="*", type=_changed, help="of the recipe: most_steps=600 views=0")
+    parser.add_argument("--set", action="append", default=[], type=_changed, help="of the recipe: --set replay=0.2")
     given = parser.parse_args()
-    recipe = replace(LearningConfig(seed=given.seed), **dict(given.settings))
+    recipe = replace(LearningConfig(seed=given.seed), **dict(given.set))
     with tempfile.TemporaryDirectory() as place:
         main(given.data, given.corrections, given.seed, given.objects, recipe, given.work or Path(place))

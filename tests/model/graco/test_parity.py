@@ -1,6 +1,7 @@
 """Our network and predictor against what the published GraCo code answered (its cases: ../shared/parity)."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,17 @@ def golden():
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory):
+def room():
+    """A folder for a gigabyte or two, gone with these tests: pytest keeps its own to the end of the run."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def imported(room):
     """Return a function from a case's head to the files of base and adapter."""
-    folder = tmp_path_factory.mktemp("parity")
+    folder = room / "imported"
+    folder.mkdir()
     made: dict[tuple[float | None, float], tuple[Path, Path]] = {}
     adapter = None
 
@@ -133,9 +142,9 @@ def test_one_pass_of_the_network_gives_the_published_logits(case, imported, gold
 
 @pytest.mark.parametrize("case", cases("predict"), ids=lambda case: case["name"])
 @pytest.mark.parametrize("runtime", ["torch", "compiled"])
-def test_every_click_of_a_sequence_gives_the_published_probabilities(case, runtime, imported, golden, tmp_path_factory):
+def test_every_click_of_a_sequence_gives_the_published_probabilities(case, runtime, imported, golden, room):
     base, adapter = imported(case)
-    compiled = tmp_path_factory.getbasetemp() / "compiled" if runtime == "compiled" else None
+    compiled = room / "compiled" if runtime == "compiled" else None
     segmenter, steer = steered(base, adapter, case, golden, compiled=compiled)
     assert segmenter.runtime == ("openvino-fp32" if compiled else "torch-fp32")
     encoded = segmenter.encode(picture(case["h"], case["w"], case["seed"], case.get("patch")))
