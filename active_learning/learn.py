@@ -1,8 +1,8 @@
 """Fine-tuning: an adapter that serves and a snapshot of corrections to candidates, of the family that serves.
 
-Only the level branch learns; the phrase branch's LoRA is handed on as it is. Lessons are drawn half from the
-corrections and half from the replay set, a slice of what the shipped adapter was trained on, so that nothing is
-forgotten.
+Only the level branch learns; the phrase branch's LoRA is handed on as it is. Lessons are drawn from the corrections
+and from the replay set, a slice of what the shipped adapter was trained on, so that nothing is forgotten: half of them
+each, and more from the corrections where these are many.
 
 A candidate's weights lie between the parent's and the trained ones (`blended`): half of the way keeps most of what was
 won, and forgets far less (docs/experiments.md).
@@ -62,15 +62,20 @@ class LearningConfig:
     head_learning_rate: float = 5e-4
     seed: int = 0
     checkpoint_every: int = 50  # steps
-    views: int = 2  # crops of each corrected photo, beside the photo, once there are so many masks:
-    views_from: int = 200  # to learn from: held-out ones not, those merged of siblings too; 100 do not gain by them
+    many: int = 200  # masks to learn from (held-out ones not, those merged of siblings too): from so many on
+    views: int = 2  # crops of each corrected photo are looked at beside it: fewer masks do not gain by them
     smallest_view: float = 0.6  # side of a crop, as a share of the photo's
+    replay_of_many: float = 0.2  # and this is the replay set's share of the lessons
 
     def photos(self, found: AnnotationSet) -> list[TrainingPhoto]:
         """Return what is learned from in a set of corrections, in several views where there are many."""
-        many = sum(len(image.masks) for image in found.images) >= self.views_from
+        many = sum(len(image.masks) for image in found.images) >= self.many
         views = partial(views_of, further=self.views * many, smallest=self.smallest_view, seed=self.seed)
         return photos_of(found, views, stated=True)
+
+    def replayed(self, photos: Sequence[TrainingPhoto]) -> float:
+        """Return the replay set's share of the lessons beside these photos of corrections."""
+        return self.replay_of_many if any(photo.view != PLAIN for photo in photos) else self.replay
 
     def training(self, masks: int, *, rank: int, alpha: int, device: str, precision: str) -> TrainingConfig:
         """Return how to train `light` on this many masks."""
@@ -159,7 +164,8 @@ def learn(
         raise Refusal("no corrected mask is large enough to learn from")
     found = read_adapter(parent, base=segmenter.digest)
     masks = sum(len(photo.kinds) for photo in photos if photo.view == PLAIN)
-    groups = [(1 - config.replay, photos), (config.replay, replay)]
+    share = config.replayed(photos)
+    groups = [(1 - share, photos), (share, replay)]
     recipe = f"{card.get('snapshot')} from {digest_of_file(parent)}"
     known: dict[str, Any] = {"rank": found.card["rank"], "alpha": found.card["alpha"], "device": device}
     watched: dict[str, Any] = {"recipe": recipe, "before_step": before_step, "report": report}

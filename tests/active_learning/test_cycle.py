@@ -257,9 +257,11 @@ def test_many_masks_are_learned_from_in_crops_too_which_are_counted_once_and_lea
     fill(place.store, place.images, photos=8)
     found = of_split(annotated(place.store.snapshot("3"), place.images), TRAIN)
     masks = sum(len(image.masks) for image in found.images)
-    many = replace(QUICK, fewest_steps=10, most_steps=10, views_from=masks)
-    assert {photo.view for photo in replace(many, views_from=masks + 1).photos(found)} == {PLAIN}
+    many = replace(QUICK, fewest_steps=10, most_steps=10, many=masks)
+    assert {photo.view for photo in replace(many, many=masks + 1).photos(found)} == {PLAIN}
+    assert many.replayed(replace(many, many=masks + 1).photos(found)) == many.replay
     seen = many.photos(found)
+    assert many.replayed(seen) == many.replay_of_many < many.replay
     assert len(seen) == 3 * len(found.images)
     assert [photo.view for photo in seen] == [photo.view for photo in many.photos(found)], "a second attempt goes on"
 
