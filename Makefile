@@ -24,7 +24,7 @@ check: $(VENV)/test.stamp  ## format, lint, types, all tests
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 soak: $(VENV)/test.stamp  ## annotators beside a training, saturation, faults, fuzz: about 50 minutes, then a summary (PYTEST_ARGS is passed on)
-	$(PY) -m pytest -m soak $(PYTEST_ARGS)
+	$(PY) -m pytest -m soak -o faulthandler_timeout=0 $(PYTEST_ARGS)
 
 fix: $(VENV)/test.stamp  ## format and mend what a tool can mend
 	$(PY) -m ruff format .

@@ -28,6 +28,7 @@ from active_learning.scores import ObjectCurve, paired
 from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split, read_snapshot, write_snapshot
 from active_learning.status import State, TrainingFolder, TrainingStatus
 from active_learning.training_run import Progress
+from model import heap
 from model.adapter import read_adapter
 from model.annotations import AnnotationSet
 from model.embeddings import EmbeddingFolder
@@ -39,6 +40,7 @@ from model.types import Refusal
 
 log = logging.getLogger(__name__)
 
+_STEPS_A_LOOK = 25  # from one look at memory to the next
 _VIEWS = "views"
 """Folder in a training's own that holds encoded crops."""
 
@@ -52,6 +54,7 @@ class Limits:
     """What a training may take."""
 
     time_s: float = 3600.0
+    memory_mb: int = 0  # that the process may hold while it learns; 0: no limit
     device: str = "cpu"
     precision: str = "bf16"
     too_few: Literal["ask", "publish"] = "ask"  # where the hold-out is too small to judge by
@@ -157,6 +160,7 @@ class _Watch:
         self._limits = limits
         self._pause = pause
         self._until_s = time.monotonic() + limits.time_s
+        self._steps = 0
         self._first: tuple[float, int] | None = None  # when the first steps were reported, and how many
 
     def note(self, **changes: object) -> None:
@@ -170,6 +174,7 @@ class _Watch:
 
         Raises:
             Cancelled: somebody wants it to stop.
+            MemoryError: the process holds too much.
             Refusal: time is up.
         """
         if self._trainings.cancelled:
@@ -179,7 +184,17 @@ class _Watch:
                 f"the training took longer than {self._limits.time_s / 60:g} minutes; raise "
                 "GRACO_TRAIN_LIMIT_MINUTES, or let it run when the machine is quiet"
             )
+        self._steps += 1
+        if self._steps % _STEPS_A_LOOK == 0:
+            self._look_at_memory()
         self._pause()
+
+    def _look_at_memory(self) -> None:
+        """Give back what is free, since photos of many shapes leave holes, unless the process held too much at once."""
+        held, most = heap.resident(), self._limits.memory_mb * 2**20
+        heap.give_back()
+        if held is not None and 0 < most < held:
+            raise MemoryError(f"the training held {held // 2**20} MB")
 
     def look_once_more(self, _: int) -> None:
         """Do as `look` does between objects that are judged, which is not limited in time."""

@@ -30,6 +30,7 @@ from active_learning.train import TrainingConfig, fine_tune, plain_state, prepar
 from active_learning.train_graco import GracoCourse, SteeredNetwork, untrained
 from active_learning.train_graco import fine_tune as fine_tune_graco
 from active_learning.training_run import BadCheckpoint, Course, Progress, seeded
+from model import heap
 from model.adapter import AdapterFile, load_lora, lora_state, read_adapter, write_adapter
 from model.annotations import AnnotationSet
 from model.graco.runtime import load_network
@@ -62,20 +63,23 @@ class LearningConfig:
     head_learning_rate: float = 5e-4
     seed: int = 0
     checkpoint_every: int = 50  # steps
-    many: int = 200  # masks to learn from (held-out ones not, those merged of siblings too): from so many on
-    views: int = 2  # crops of each corrected photo are looked at beside it: fewer masks do not gain by them
+    many_masks: int = 200  # to learn from: held-out ones do not count, those merged of siblings do
+    replay_of_many: float = 0.2  # share of the lessons from that many masks on, instead of `replay`
+    views: int = 2  # crops of each corrected photo, beside it, from that many masks on; fewer do not gain by them
     smallest_view: float = 0.6  # side of a crop, as a share of the photo's
-    replay_of_many: float = 0.2  # and this is the replay set's share of the lessons
 
     def photos(self, found: AnnotationSet) -> list[TrainingPhoto]:
         """Return what is learned from in a set of corrections, in several views where there are many."""
-        many = sum(len(image.masks) for image in found.images) >= self.many
-        views = partial(views_of, further=self.views * many, smallest=self.smallest_view, seed=self.seed)
+        crops = self.views if sum(len(image.masks) for image in found.images) >= self.many_masks else 0
+        views = partial(views_of, further=crops, smallest=self.smallest_view, seed=self.seed)
         return photos_of(found, views, stated=True)
 
-    def replayed(self, photos: Sequence[TrainingPhoto]) -> float:
-        """Return the replay set's share of the lessons beside these photos of corrections."""
-        return self.replay_of_many if any(photo.view != PLAIN for photo in photos) else self.replay
+    def groups(
+        self, photos: Sequence[TrainingPhoto], replay: Sequence[TrainingPhoto]
+    ) -> list[tuple[float, Sequence[TrainingPhoto]]]:
+        """Return the photos of corrections and of the replay set, each with its share of the lessons."""
+        share = self.replay_of_many if _masks_of(photos) >= self.many_masks else self.replay
+        return [(1 - share, photos), (share, replay)]
 
     def training(self, masks: int, *, rank: int, alpha: int, device: str, precision: str) -> TrainingConfig:
         """Return how to train `light` on this many masks."""
@@ -110,12 +114,19 @@ class LearningConfig:
         }
 
 
+def _masks_of(photos: Sequence[TrainingPhoto]) -> int:
+    return sum(len(photo.kinds) for photo in photos if photo.view == PLAIN)
+
+
 def graco_learning(device: str) -> LearningConfig:
     """Return how `graco` learns; a step takes the whole network on four lessons, a hundred times one of `light`.
 
     So on a CPU there are few of them: ViT-B takes 10 to 40 s for each, of the time that a training may take.
     """
-    config = LearningConfig(learning_rate=5e-4, most_steps=600, views=0)  # more of both was tried with `light` alone
+    config = LearningConfig(learning_rate=5e-4, most_steps=600)
+    config = replace(
+        config, views=0, replay_of_many=config.replay
+    )  # what many masks change was tried with `light` alone
     if _on_gpu(device):
         return replace(config, clicks=4)
     return replace(config, steps_per_mask=1.0, fewest_steps=40, most_steps=60, clicks=2, checkpoint_every=5)
@@ -163,9 +174,7 @@ def learn(
     if not photos:
         raise Refusal("no corrected mask is large enough to learn from")
     found = read_adapter(parent, base=segmenter.digest)
-    masks = sum(len(photo.kinds) for photo in photos if photo.view == PLAIN)
-    share = config.replayed(photos)
-    groups = [(1 - share, photos), (share, replay)]
+    masks, groups = _masks_of(photos), config.groups(photos, replay)
     recipe = f"{card.get('snapshot')} from {digest_of_file(parent)}"
     known: dict[str, Any] = {"rank": found.card["rank"], "alpha": found.card["alpha"], "device": device}
     watched: dict[str, Any] = {"recipe": recipe, "before_step": before_step, "report": report}
@@ -251,6 +260,7 @@ def _as_memory_allows(course: AnyCourse, teach: Callable[[AnyCourse], Learned], 
             if not _out_of_memory(error):
                 raise
             course = _with_fewer_clicks(course, folder)
+        heap.give_back()  # here the error is gone, and with it what its frames held
 
 
 _CLICKS = "clicks"

@@ -330,7 +330,9 @@ def simulate_command(
     from model.annotations import read_annotations
 
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the backends are stopped on the way out
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the backends are stopped on the way out
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         plan = Plan(
             rounds=tuple(int(text) for text in rounds.split(",")),

@@ -40,11 +40,12 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.timeouts import JobTimeoutException
 
-from ml_backend import heap, logs, metrics
+from ml_backend import logs, metrics
 from ml_backend.answers import Answer
 from ml_backend.images import TaskImage
 from ml_backend.inbox import Inbox
 from ml_backend.settings import Settings
+from model import heap
 from model.types import Refusal
 
 if TYPE_CHECKING:  # a worker that waits shall not hold torch in memory, nor scipy

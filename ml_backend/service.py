@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from active_learning.registry import AdapterRegistry
-from ml_backend import heap, metrics
+from ml_backend import metrics
 from ml_backend.answers import AnswerStore
 from ml_backend.embeddings import EmbeddingCache
 from ml_backend.families import adapter_file, base_of, configured_version, load_model
@@ -29,6 +29,7 @@ from ml_backend.inbox import Inbox
 from ml_backend.jobs import HandOver
 from ml_backend.serving import ActiveVersions, Serving, lines_of, version_name
 from ml_backend.settings import Settings
+from model import heap
 from model.background import background_thread
 from model.proposals import whole_image
 from model.segmenter import Encoded, Segmenter, State, foresee, predict

@@ -364,9 +364,9 @@ def simulate(
     Raises:
         Refusal: there are too few photos, or the backend refuses something.
     """
-    clickable = replace(found, images=tuple(_clickable(image) for image in found.images))
-    holdout = replace(clickable, images=tuple(i for i in clickable.images if i.masks and held_out(i.digest())))
-    work = [image for image in clickable.images if image.masks]  # held-out ones too, as people do: for the gate alone
+    seen = clickable(found)
+    holdout = holdout_of(seen)
+    work = [image for image in seen.images if image.masks]  # held-out ones too, as people do: for the gate alone
     if not 0 < len(holdout.images) < len(work):
         raise Refusal(
             f"{found.name} has {len(work)} photos with masks, {len(holdout.images)} held out; more are needed"
@@ -472,9 +472,19 @@ def _by_use(backend: Backend, left: dict[int, AnnotatedImage], done: dict[int, A
     )
 
 
-def _clickable(image: AnnotatedImage) -> AnnotatedImage:
-    least = _LEAST_AREA * image.height * image.width
-    return replace(image, masks=tuple(mask for mask in image.masks if mask.area >= least))
+def clickable(found: AnnotationSet) -> AnnotationSet:
+    """Return a set without the masks that are too small for anybody to click."""
+
+    def kept(image: AnnotatedImage) -> AnnotatedImage:
+        least = _LEAST_AREA * image.height * image.width
+        return replace(image, masks=tuple(mask for mask in image.masks if mask.area >= least))
+
+    return replace(found, images=tuple(map(kept, found.images)))
+
+
+def holdout_of(found: AnnotationSet) -> AnnotationSet:
+    """Return the photos with masks that no training sees."""
+    return replace(found, images=tuple(image for image in found.images if image.masks and held_out(image.digest())))
 
 
 def _name(image: AnnotatedImage) -> str:

@@ -245,7 +245,7 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
 
     _take_in(settings, status)
     if settings.train_memory_mb:
-        _limit_memory(settings.train_memory_mb * 2**20)
+        _limit_memory(settings.train_memory_mb * 2**20 * 3 // 2)  # the heap's holes count, which take no memory
     threads = settings.train_threads or max(1, (os.cpu_count() or 2) // 2)
     segmenter = load_model(settings, adapter=None, device=settings.train_device, threads=threads)
     assert isinstance(segmenter, Trainable)
@@ -271,6 +271,7 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
             margins=Margins(),
             limits=Limits(
                 time_s=settings.train_limit_minutes * 60,
+                memory_mb=settings.train_memory_mb,
                 device=settings.train_device,
                 too_few=settings.train_too_few,
             ),

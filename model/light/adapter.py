@@ -69,14 +69,13 @@ def _ends_with(phrase: str, name: str) -> bool:
     return any(f" {words}".endswith(f" {name}") for words in (cleaned, f"{cleaned}s", cleaned.removesuffix("s")))
 
 
-def load_ladder(path: Path, base: MaskDecoder, digest: str, device: torch.device) -> LadderAdapter:
+def load_ladder(path: Path, base: MaskDecoder, digest: str) -> LadderAdapter:
     """Load an adapter file beside `base`.
 
     Args:
         path: as `model.adapter.write_adapter` wrote it.
-        base: the decoder of the base weights.
+        base: the decoder of the base weights; the adapter's lie on its device.
         digest: of the base weights.
-        device: where the decoders will run.
 
     Raises:
         Refusal: the file cannot be read, or was made for another base or network.
@@ -84,8 +83,8 @@ def load_ladder(path: Path, base: MaskDecoder, digest: str, device: torch.device
     found = read_adapter(path, base=digest)
     try:
         width = int(found.card["phrase_width"])
-        level = _decoder(found, base, width, [LEVEL]).to(device)
-        phrase = _decoder(found, base, width, [LEVEL, PHRASE]).to(device) if PHRASE in found.lora else None
+        level = _decoder(found, base, width, [LEVEL])
+        phrase = _decoder(found, base, width, [LEVEL, PHRASE]) if PHRASE in found.lora else None
         vocabulary = _vocabulary(found) if phrase is not None else None
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, Refusal):

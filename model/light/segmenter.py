@@ -234,7 +234,7 @@ class LightSegmenter:
         """Return a segmenter with another adapter; it shares everything else."""
         ladder = None
         if adapter is not None:
-            ladder = load_ladder(adapter, self._mask_decoder, self._digest, self._device)
+            ladder = load_ladder(adapter, self._mask_decoder, self._digest)
         parts = self._prompt_encoder, self._mask_decoder, self._encoder, self._digest, self._device
         return type(self)(*parts, ladder)
 

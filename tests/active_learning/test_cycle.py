@@ -24,6 +24,7 @@ from active_learning.learn import LearningConfig
 from active_learning.registry import AdapterRegistry
 from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split, write_snapshot
 from active_learning.status import TrainingFolder
+from model import heap
 from model.adapter import read_adapter, write_adapter
 from model.annotations import decode, encode, read_annotations
 from model.segmenter import BUNDLED_ADAPTER
@@ -253,15 +254,28 @@ def test_held_out_photos_are_never_learned_from(place, trainings):
     assert not {image.digest() for image in of_split(found, TRAIN).images} & set(held)
 
 
+def test_a_training_that_holds_too_much_at_once_goes_on_with_smaller_steps(place, trainings, monkeypatch, caplog):
+    fill(place.store, place.images, photos=3)
+    held = iter([3 * 2**30, 2**31 + 1])
+    monkeypatch.setattr(heap, "resident", lambda: next(held, 2**31))
+    monkeypatch.setattr("active_learning.cycle._STEPS_A_LOOK", 2)
+    limits = Limits(precision="no", memory_mb=2048)
+    ended = carry_out(place, trainings, config=replace(QUICK, clicks=4), limits=limits)
+    assert ended.step == ended.steps == QUICK.most_steps
+    for clicks in (2, 1):
+        assert f"memory ran out: training begins anew with {clicks} clicks a step" in caplog.text
+
+
 def test_many_masks_are_learned_from_in_crops_too_which_are_counted_once_and_leave_no_file(place, trainings):
     fill(place.store, place.images, photos=8)
     found = of_split(annotated(place.store.snapshot("3"), place.images), TRAIN)
     masks = sum(len(image.masks) for image in found.images)
-    many = replace(QUICK, fewest_steps=10, most_steps=10, many=masks)
-    assert {photo.view for photo in replace(many, many=masks + 1).photos(found)} == {PLAIN}
-    assert many.replayed(replace(many, many=masks + 1).photos(found)) == many.replay
+    many = replace(QUICK, fewest_steps=10, most_steps=10, many_masks=masks)
+    assert {photo.view for photo in replace(many, many_masks=masks + 1).photos(found)} == {PLAIN}
+    few = replace(many, many_masks=masks + 1)
+    assert [share for share, _ in few.groups(few.photos(found), [])] == [0.5, 0.5]
     seen = many.photos(found)
-    assert many.replayed(seen) == many.replay_of_many < many.replay
+    assert [share for share, _ in many.groups(seen, [])] == [0.8, 0.2]
     assert len(seen) == 3 * len(found.images)
     assert [photo.view for photo in seen] == [photo.view for photo in many.photos(found)], "a second attempt goes on"
 

@@ -14,8 +14,9 @@ import resource
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from active_learning.learn import LearningConfig, blended, learn
 from active_learning.scores import ObjectCurve, compare, paired
 from active_learning.snapshots import TRAIN, annotated, of_split
 from active_learning.training_run import Progress
+from ml_backend.simulate import clickable, holdout_of
 from model.annotations import AnnotatedImage, AnnotationSet, encode, read_annotations
 from model.embeddings import EmbeddingFolder
 from model.evaluation.protocol import Models
@@ -35,7 +37,6 @@ from model.evaluation.runner import scene_of
 from model.light.segmenter import LightSegmenter
 from model.segmenter import BUNDLED, BUNDLED_ADAPTER, load_segmenter
 
-_LEAST_AREA = 0.001  # of the photo: what is smaller nobody clicks
 _BUDGET = 20  # clicks on one object at most
 _REFERENCE = 40  # objects
 
@@ -69,24 +70,23 @@ def measured(
     return curves_of(segmenter.with_adapter(adapter), chosen, budget=_BUDGET)
 
 
-def main(data: Path, corrections: int, seed: int, objects: int, config: LearningConfig, work: Path) -> None:
+def main(
+    data: Path, corrections: int, objects: int, config: LearningConfig, work: Path, *, device: Literal["cpu", "auto"]
+) -> None:
     """Learn, measure, and print the figures; embeddings in `work` are used again."""
-    found = read_annotations(data)
-    images = tuple(
-        replace(i, masks=tuple(m for m in i.masks if m.area >= _LEAST_AREA * i.height * i.width)) for i in found.images
-    )
-    found = replace(found, images=images)
-    holdout = replace(found, images=tuple(i for i in images if i.masks and held_out(i.digest())))
+    found = clickable(read_annotations(data))
+    holdout = holdout_of(found)
     replay, reference = bundled_sets()
-    segmenter = load_segmenter("light", BUNDLED, device="cpu")
+    segmenter = load_segmenter("light", BUNDLED, device=device)
     assert isinstance(segmenter, LightSegmenter)
-    store, embeddings, snapshot = ImageStore(work / "images"), work / "embeddings", corrected(found, corrections, seed)
+    store, embeddings = ImageStore(work / "images"), work / "embeddings"
+    snapshot = corrected(found, corrections, config.seed)
     wanted = {correction.image for correction in snapshot.corrections}
-    for image in images:
+    for image in found.images:
         if image.digest() in wanted:
             store.put(image.digest(), image.path.read_bytes())
     photos = config.photos(of_split(annotated(snapshot, store), TRAIN))
-    print(f"{len(snapshot.corrections)} corrections on {len(wanted)} photos, seed {seed}: {asdict(config)}", flush=True)
+    print(f"{len(snapshot.corrections)} corrections on {len(wanted)} photos: {asdict(config)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         began_s = time.perf_counter()
         trained = learn(
@@ -98,6 +98,7 @@ def main(data: Path, corrections: int, seed: int, objects: int, config: Learning
             BUNDLED_ADAPTER,
             Path(folder),
             card={"snapshot": snapshot.id},
+            device=device,
             report=lambda progress: _show(progress, began_s),
         )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -141,9 +142,16 @@ if __name__ == "__main__":
     parser.add_argument("--corrections", type=int, default=100, help="masks to learn from")
     parser.add_argument("--seed", type=int, default=0, help="of the photos' order and of the training")
     parser.add_argument("--objects", type=int, default=120, help="of the hold-out, at most")
+    parser.add_argument("--device", choices=("cpu", "auto"), default="cpu", help="auto: a GPU where there is one")
     parser.add_argument("--work", type=Path, help="keeps embeddings for the next time")
-    parser.add_argument("--set", action="append", default=[], type=_changed, help="of the recipe: --set replay=0.2")
+    parser.add_argument("--set", action="append", default=[], type=_changed, help="of the recipe: --set views=0")
     given = parser.parse_args()
+    unknown = dict(given.set).keys() - {field.name for field in fields(LearningConfig)}
+    if unknown:
+        parser.error(
+            f"the recipe has no {min(unknown)}; it has {', '.join(field.name for field in fields(LearningConfig))}"
+        )
     recipe = replace(LearningConfig(seed=given.seed), **dict(given.set))
     with tempfile.TemporaryDirectory() as place:
-        main(given.data, given.corrections, given.seed, given.objects, recipe, given.work or Path(place))
+        work = given.work or Path(place)
+        main(given.data, given.corrections, given.objects, recipe, work, device=given.device)

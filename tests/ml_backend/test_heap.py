@@ -11,9 +11,10 @@ import torch
 from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 
-from ml_backend import heap, jobs
+from ml_backend import jobs
 from ml_backend.jobs import connect
 from ml_backend.supervisor import _heap
+from model import heap
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")

@@ -17,6 +17,7 @@ from model.types import Refusal
 from tests.active_learning.drawn import strip, strip_masks, write_photos
 from tests.conftest import ROOT
 from tests.ml_backend.conftest import wait_until
+from tests.ml_backend.test_supervisor import alive
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +86,15 @@ def test_told_to_end_it_takes_its_backend_along(shared, tmp_path):
         process = subprocess.Popen(
             [*command, "--report", str(tmp_path / "report.json")], cwd=ROOT, stdout=log, stderr=log
         )
+    started: list[psutil.Process] = []
     try:
         below = psutil.Process(process.pid)
-        wait_until(lambda: len(below.children(recursive=True)) > 2, limit_s=60)
-        started = below.children(recursive=True)
-        process.send_signal(signal.SIGTERM)
+        started = wait_until(lambda: len(found := below.children(recursive=True)) > 2 and found, limit_s=60)
+        process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
-        wait_until(lambda: not any(one.is_running() for one in started), limit_s=30)
+        wait_until(lambda: not any(map(alive, started)), limit_s=30)
     finally:
+        for one in filter(alive, started):
+            one.kill()
         process.kill()
+        process.wait()

@@ -134,6 +134,30 @@ def test_a_training_that_the_system_ends_for_its_memory_says_so_and_goes_on_with
     assert versions(settings, segmenter) == [ended.version]
 
 
+def test_a_training_that_may_not_have_the_memory_it_takes_fails_with_what_to_do(settings, tmp_path):
+    corrected(settings)
+    request(settings, "project-3", "the button")
+    trainings = folder_of(settings, "project-3")
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ml_backend", "trainer", "--once"],
+            cwd=ROOT,
+            env=environment(settings) | {"GRACO_TRAIN_STEPS": "60", "GRACO_TRAIN_MEMORY_MB": "900"},
+            start_new_session=True,
+            stderr=log,
+        )
+    try:
+        assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    finally:
+        end(process)
+    (ended,) = trainings.history()
+    assert (ended.state, ended.errors) == ("failed", 0)
+    assert ended.said.startswith(
+        "memory does not suffice to learn from one click at a time; raise GRACO_TRAIN_MEMORY_MB"
+    )
+    assert "memory ran out: training begins anew with 1 clicks a step" in (tmp_path / "log").read_text()
+
+
 def test_a_training_on_a_full_disk_says_so_and_goes_on_where_it_was_once_there_is_room(settings, segmenter, tmp_path):
     corrected(settings)
     disk = tmp_path / "disk"

@@ -175,10 +175,8 @@ def test_a_gpu_in_half_precision_gives_nearly_the_masks_of_the_cpu(segmenter, sc
     gpu = LightSegmenter.load(WEIGHTS, device="cuda")
     assert gpu.encoding.endswith("torch-fp16")
     click = Click(x=200, y=220, positive=True)
+    both = [(one.with_adapter(BUNDLED_ADAPTER), one.encode(scene)) for one in (gpu, segmenter)]
     for prompt in (Prompt(clicks=(click,)), Prompt(clicks=(click,), granularity=Granularity(10))):
-        there, here = (
-            predict(one, one.encode(scene), prompt)
-            for one in (gpu.with_adapter(BUNDLED_ADAPTER), segmenter.with_adapter(BUNDLED_ADAPTER))
-        )
+        there, here = (predict(one, encoded, prompt) for one, encoded in both)
         assert there.adapter == here.adapter
         assert iou(there.best.mask, here.best.mask) >= 0.97

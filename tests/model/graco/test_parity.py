@@ -1,7 +1,7 @@
 """Our network and predictor against what the published GraCo code answered (its cases: ../shared/parity)."""
 
 import json
-import tempfile
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +37,11 @@ def golden():
 
 
 @pytest.fixture(scope="module")
-def room():
-    """A folder for a gigabyte or two, gone with these tests: pytest keeps its own to the end of the run."""
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
+def room(tmp_path_factory):
+    """A folder for a gigabyte or two, gone with these tests: pytest would keep it to the end of the run."""
+    folder = tmp_path_factory.mktemp("parity")
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")

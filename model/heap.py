@@ -8,13 +8,23 @@ pages that are used again are there again: nothing for every click.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 
 def give_back() -> None:
     """Give back all whole pages that are free; where there is no glibc, nothing."""
     if _TRIM is not None:
         _TRIM(0)
+
+
+def resident() -> int | None:
+    """Return the bytes of memory that this process holds; None: the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
 
 
 def _find_trim() -> Callable[[int], int] | None:
