@@ -40,7 +40,7 @@ from model.types import Refusal
 
 log = logging.getLogger(__name__)
 
-_STEPS_A_LOOK = 25  # from one look at memory to the next
+_STEPS_A_LOOK = 10  # from one look at memory to the next
 _VIEWS = "views"
 """Folder in a training's own that holds encoded crops."""
 

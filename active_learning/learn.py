@@ -316,6 +316,10 @@ def write_untrained(path: Path, segmenter: GracoSegmenter) -> Path:
     return path
 
 
+_SHORTAGES = ("can't allocate memory", "could not create a primitive", "can't start new thread")
+"""How torch, oneDNN and Python say that memory ran out, where they do not say so."""
+
+
 def _out_of_memory(error: BaseException) -> bool:
     said = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in said for words in _SHORTAGES)

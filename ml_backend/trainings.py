@@ -245,7 +245,7 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
 
     _take_in(settings, status)
     if settings.train_memory_mb:
-        _limit_memory(settings.train_memory_mb * 2**20 * 3 // 2)  # the heap's holes count, which take no memory
+        _limit_memory(settings.train_memory_mb * 2**20)
     threads = settings.train_threads or max(1, (os.cpu_count() or 2) // 2)
     segmenter = load_model(settings, adapter=None, device=settings.train_device, threads=threads)
     assert isinstance(segmenter, Trainable)
@@ -286,6 +286,11 @@ def _die_with_parent() -> None:
 
 
 def _limit_memory(wanted: int) -> None:
+    """Have the system refuse what is far beyond `wanted` bytes, should that come between two looks at what is held.
+
+    What the heap keeps for later counts here as well, though it may take no memory: two gigabytes and more.
+    """
+    wanted += max(wanted // 2, 2 * 2**30)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
