@@ -40,7 +40,7 @@ from model.types import Refusal
 
 log = logging.getLogger(__name__)
 
-_STEPS_A_LOOK = 10  # from one look at memory to the next
+_PASSES = 25  # after which memory that is free is given back: it has to be had again, so not after each
 _VIEWS = "views"
 """Folder in a training's own that holds encoded crops."""
 
@@ -54,7 +54,7 @@ class Limits:
     """What a training may take."""
 
     time_s: float = 3600.0
-    memory_mb: int = 0  # that the process may hold while it learns; 0: no limit
+    memory_mb: int = 0  # that the process may hold for itself while it learns; 0: no limit
     device: str = "cpu"
     precision: str = "bf16"
     too_few: Literal["ask", "publish"] = "ask"  # where the hold-out is too small to judge by
@@ -94,7 +94,7 @@ def run(
         status: the request, noted as running.
         config: how to learn.
         margins: how to judge.
-        limits: time, device, and what to do where the hold-out is too small.
+        limits: time, memory, device, and what to do where the hold-out is too small.
         pause: called again and again; may wait while somebody clicks.
     """
     folder = trainings.work(status)
@@ -160,7 +160,7 @@ class _Watch:
         self._limits = limits
         self._pause = pause
         self._until_s = time.monotonic() + limits.time_s
-        self._steps = 0
+        self._passes = 0
         self._first: tuple[float, int] | None = None  # when the first steps were reported, and how many
 
     def note(self, **changes: object) -> None:
@@ -184,17 +184,20 @@ class _Watch:
                 f"the training took longer than {self._limits.time_s / 60:g} minutes; raise "
                 "GRACO_TRAIN_LIMIT_MINUTES, or let it run when the machine is quiet"
             )
-        self._steps += 1
-        if self._steps % _STEPS_A_LOOK == 0:
-            self._look_at_memory()
+        self._look_at_memory()
         self._pause()
 
     def _look_at_memory(self) -> None:
-        """Give back what is free, since photos of many shapes leave holes, unless the process held too much at once."""
-        held, most = heap.resident(), self._limits.memory_mb * 2**20
-        heap.give_back()
+        """Give back now and then what is free, since photos of many shapes leave holes; see whether too much is held.
+
+        As the heap keeps what a pass freed, what is held after it is what the pass took.
+        """
+        held, most = heap.held(), self._limits.memory_mb * 2**20
+        self._passes += 1
+        if self._passes % _PASSES == 0:
+            heap.give_back()
         if held is not None and 0 < most < held:
-            raise MemoryError(f"the training held {held // 2**20} MB")
+            raise MemoryError(f"it held {held // 2**20} MB, and may hold {self._limits.memory_mb}")
 
     def look_once_more(self, _: int) -> None:
         """Do as `look` does between objects that are judged, which is not limited in time."""
@@ -204,7 +207,7 @@ class _Watch:
 
     def report(self, progress: Progress) -> None:
         now_s = time.monotonic()
-        if self._first is None:
+        if self._first is None or progress.step <= self._first[1]:  # the first, or begun anew
             self._first = now_s, progress.step
         began_s, first = self._first
         done = progress.step - first

@@ -14,6 +14,7 @@ experience replay (Rolnick et al., arXiv 1811.11682); `active_learning.train` an
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -123,10 +124,8 @@ def graco_learning(device: str) -> LearningConfig:
 
     So on a CPU there are few of them: ViT-B takes 10 to 40 s for each, of the time that a training may take.
     """
-    config = LearningConfig(learning_rate=5e-4, most_steps=600)
-    config = replace(
-        config, views=0, replay_of_many=config.replay
-    )  # what many masks change was tried with `light` alone
+    # what many masks change was tried with `light` alone
+    config = LearningConfig(learning_rate=5e-4, most_steps=600, views=0, replay_of_many=LearningConfig().replay)
     if _on_gpu(device):
         return replace(config, clicks=4)
     return replace(config, steps_per_mask=1.0, fewest_steps=40, most_steps=60, clicks=2, checkpoint_every=5)
@@ -259,23 +258,25 @@ def _as_memory_allows(course: AnyCourse, teach: Callable[[AnyCourse], Learned], 
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            course = _with_fewer_clicks(course, folder)
-        heap.give_back()  # here the error is gone, and with it what its frames held
+            course = _with_fewer_clicks(course, folder, error)
+        gc.collect()  # here the error is gone, and with it what its frames held; the network is in a circle
+        heap.give_back()
 
 
 _CLICKS = "clicks"
 """File with the clicks of a step, where memory ran out at an earlier attempt."""
 
 
-def _with_fewer_clicks(training: AnyCourse, folder: Path) -> AnyCourse:
+def _with_fewer_clicks(training: AnyCourse, folder: Path, why: Exception | None = None) -> AnyCourse:
     """Return how to train now that memory ran out, and write it down; what was learned so far is dropped."""
     if training.clicks == 1:
         raise Refusal(
             "memory does not suffice to learn from one click at a time; raise GRACO_TRAIN_MEMORY_MB, or stop "
             "other programs on this machine"
-        )
+        ) from why
     training = replace(training, clicks=training.clicks // 2)
-    log.warning("memory ran out: training begins anew with %d clicks a step", training.clicks)
+    said = "" if why is None else f" ({why})"
+    log.warning("memory ran out%s: training begins anew with %d clicks a step", said, training.clicks)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     (folder / _CLICKS).write_text(str(training.clicks))
     return training

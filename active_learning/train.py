@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def fine_tune(
         folder: gets `checkpoint.pt` and TensorBoard's files; a checkpoint that is there is gone on from.
         recipe: names what decides the lessons beside `config`; a checkpoint of another one is refused.
         phrases: names to embeddings N, width; needed for the phrase branch.
-        before_step: called before every step; may wait, and what it raises ends the training where it stands.
+        before_step: called before every step; may wait, and what it raises is raised.
         report: called after every `log_every` steps.
         each_checkpoint: called after each checkpoint with its step, while `network` holds the averaged weights.
 
@@ -137,27 +138,26 @@ def fine_tune(
     branches = [LEVEL] if config.branch == LEVEL else [LEVEL, PHRASE]
     switch_on(network.transformer, branches)
     main = accelerator.is_main_process
-    figures = Figures(config, folder, start=start, name=config.branch, writes=main)
-    for step in range(start, config.steps):
-        before_step()
-        lesson = sampler.draw(run.rng, config.clicks)
-        embedding = embeddings.encoded(lesson.photo).tensors["embedding"].to(accelerator.device).float()
-        named = None
-        if config.branch == PHRASE:
-            assert phrases is not None
-            named = phrases([lesson.photo.names[i] for i in lesson.primaries]).to(accelerator.device)
-        with accelerator.autocast():
-            loss, seen = _teach(config, run.model, prompts, position, embedding, lesson, run.rng, named)
-        accelerator.backward(loss)
-        seen["gradient"] = run.update(step)
-        if (progress := figures.add(step, config.clicks, seen)) is not None:
-            report(progress)
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            run.save(folder / "checkpoint.pt", step + 1)
-            if main:
-                with run.averaged():
-                    each_checkpoint(step + 1)
-    figures.close()
+    with closing(Figures(config, folder, start=start, name=config.branch, writes=main)) as figures:
+        for step in range(start, config.steps):
+            before_step()
+            lesson = sampler.draw(run.rng, config.clicks)
+            embedding = embeddings.encoded(lesson.photo).tensors["embedding"].to(accelerator.device).float()
+            named = None
+            if config.branch == PHRASE:
+                assert phrases is not None
+                named = phrases([lesson.photo.names[i] for i in lesson.primaries]).to(accelerator.device)
+            with accelerator.autocast():
+                loss, seen = _teach(config, run.model, prompts, position, embedding, lesson, run.rng, named)
+            accelerator.backward(loss)
+            seen["gradient"] = run.update(step)
+            if (progress := figures.add(step, config.clicks, seen)) is not None:
+                report(progress)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                run.save(folder / "checkpoint.pt", step + 1)
+                if main:
+                    with run.averaged():
+                        each_checkpoint(step + 1)
     run.keep_average()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def fine_tune(
         sampler: where lessons come from.
         folder: gets `checkpoint.pt` and TensorBoard's files; a checkpoint that is there is gone on from.
         recipe: names what decides the lessons beside `config`; a checkpoint of another one is refused.
-        before_step: called before every pass; may wait, and what it raises ends the training where it stands.
+        before_step: called before every pass; may wait, and what it raises is raised.
         report: called after every `log_every` steps.
 
     Raises:
@@ -123,24 +124,23 @@ def fine_tune(
     accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
     run = TrainingRun(config, network, accelerator, recipe)
     start = run.resume(folder / "checkpoint.pt")
-    figures = Figures(config, folder, start=start, name=LEVEL, writes=accelerator.is_main_process)
-    for step in range(start, config.steps):
-        seen = {"loss": 0.0, "IoU": 0.0}
-        for first in range(0, config.batch, config.clicks):
-            before_step()
-            lessons = [_lesson(config, sampler, run.rng) for _ in range(min(config.clicks, config.batch - first))]
-            share = len(lessons) / config.batch
-            with accelerator.autocast():
-                loss, iou = _teach(config, run.model, lessons, run.rng, accelerator.device)
-            accelerator.backward(loss * share)
-            seen["loss"] += share * float(loss.detach())
-            seen["IoU"] += share * iou
-        seen["gradient"] = run.update(step)
-        if (progress := figures.add(step, config.batch, seen)) is not None:
-            report(progress)
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            run.save(folder / "checkpoint.pt", step + 1)
-    figures.close()
+    with closing(Figures(config, folder, start=start, name=LEVEL, writes=accelerator.is_main_process)) as figures:
+        for step in range(start, config.steps):
+            seen = {"loss": 0.0, "IoU": 0.0}
+            for first in range(0, config.batch, config.clicks):
+                before_step()
+                lessons = [_lesson(config, sampler, run.rng) for _ in range(min(config.clicks, config.batch - first))]
+                share = len(lessons) / config.batch
+                with accelerator.autocast():
+                    loss, iou = _teach(config, run.model, lessons, run.rng, accelerator.device)
+                accelerator.backward(loss * share)
+                seen["loss"] += share * float(loss.detach())
+                seen["IoU"] += share * iou
+            seen["gradient"] = run.update(step)
+            if (progress := figures.add(step, config.batch, seen)) is not None:
+                report(progress)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                run.save(folder / "checkpoint.pt", step + 1)
     run.keep_average()
 
 

@@ -7,7 +7,8 @@ import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -330,9 +331,17 @@ def simulate_command(
     from model.annotations import read_annotations
 
     console = Console(stderr=True)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # the backends are stopped on the way out
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    ends = [
+        n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN
+    ]  # as nohup leaves it
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        for one in ends:  # a second must not disturb
+            signal.signal(one, signal.SIG_IGN)
+        sys.exit(128 + number)  # the backends are stopped on the way out
+
+    for number in ends:
+        signal.signal(number, end)
     try:
         plan = Plan(
             rounds=tuple(int(text) for text in rounds.split(",")),

@@ -35,7 +35,7 @@ _HEAP = {  # glibc: one heap for all threads, large arrays given back; 0.4 GB le
     "MKL_DISABLE_FAST_MM": "1",  # else each thread that ever answered a click keeps 8 MB of buffers
 }
 
-_TRAINING_HEAP = {  # glibc: nothing given back between steps; a step is some three times faster so
+_TRAINING_HEAP = {  # glibc: nothing given back from step to step; a step is some three times faster so
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
     "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
 }

@@ -288,9 +288,10 @@ def _die_with_parent() -> None:
 def _limit_memory(wanted: int) -> None:
     """Have the system refuse what is far beyond `wanted` bytes, should that come between two looks at what is held.
 
-    What the heap keeps for later counts here as well, though it may take no memory: two gigabytes and more.
+    What the heap keeps for later counts here as well, though it may take no memory: a gigabyte and more. The sum stays
+    below what a container of 6 GB has, so that this comes before the system ends the process.
     """
-    wanted += max(wanted // 2, 2 * 2**30)
+    wanted += 3 * 2**29
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

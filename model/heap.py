@@ -1,4 +1,4 @@
-"""What is freed and glibc keeps: given back to the system after large pieces of work.
+"""The memory of this process: what it holds, and what is freed and glibc keeps, given back after large pieces of work.
 
 Freed pages are kept for what comes next. Between things that live long, such as kept answers and embeddings, they come
 to hundreds of megabytes, and without this the heap only ever grows. It takes some milliseconds, and more until the
@@ -19,12 +19,16 @@ def give_back() -> None:
         _TRIM(0)
 
 
-def resident() -> int | None:
-    """Return the bytes of memory that this process holds; None: the system does not say."""
+def held() -> int | None:
+    """Return the bytes of memory that this process holds for itself; None: the system does not say.
+
+    Pages of files, as libraries are, do not count: they can be had again, and are shared.
+    """
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
     except (OSError, ValueError):
         return None
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _find_trim() -> Callable[[int], int] | None:

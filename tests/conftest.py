@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what room was left, so that a full disk does not look like failing tests; where all passed, it is cleared."""
+    """Say what room was left, so that a full disk does not look like failing tests; what passed is cleared by now."""
     place = Path(tempfile.gettempdir())
     free, memory = shutil.disk_usage(place).free / 2**30, psutil.virtual_memory().available / 2**30
     terminalreporter.write_line(f"left at the end: {free:.1f} GiB of disk in {place}, {memory:.1f} GiB of memory")

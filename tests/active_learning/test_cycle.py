@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from active_learning.corrections import Correction, CorrectionStore, held_out
@@ -20,7 +21,7 @@ from active_learning.cycle import Limits, Workplace, run
 from active_learning.dataset import PLAIN
 from active_learning.gate import Margins
 from active_learning.images import ImageStore
-from active_learning.learn import LearningConfig
+from active_learning.learn import LearningConfig, _out_of_memory
 from active_learning.registry import AdapterRegistry
 from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split, write_snapshot
 from active_learning.status import TrainingFolder
@@ -256,14 +257,35 @@ def test_held_out_photos_are_never_learned_from(place, trainings):
 
 def test_a_training_that_holds_too_much_at_once_goes_on_with_smaller_steps(place, trainings, monkeypatch, caplog):
     fill(place.store, place.images, photos=3)
-    held = iter([3 * 2**30, 2**31 + 1])
-    monkeypatch.setattr(heap, "resident", lambda: next(held, 2**31))
-    monkeypatch.setattr("active_learning.cycle._STEPS_A_LOOK", 2)
+    held, given_back = iter([2**31, 3 * 2**30, 2**31 + 1]), []
+    monkeypatch.setattr(heap, "held", lambda: next(held, 2**31))
+    monkeypatch.setattr(heap, "give_back", lambda: given_back.append(1))
+    monkeypatch.setattr("active_learning.cycle._PASSES", 3)
     limits = Limits(precision="no", memory_mb=2048)
     ended = carry_out(place, trainings, config=replace(QUICK, clicks=4), limits=limits)
     assert ended.step == ended.steps == QUICK.most_steps
-    for clicks in (2, 1):
-        assert f"memory ran out: training begins anew with {clicks} clicks a step" in caplog.text
+    said = "memory ran out (it held {} MB, and may hold 2048): training begins anew with {} clicks a step"
+    assert [said.format(3072, 2) in caplog.text, said.format(2048, 1) in caplog.text] == [True, True]
+    passes = 2 + 1 + QUICK.most_steps
+    assert len(given_back) == 2 + passes // 3, "after each attempt that failed, and every so many passes"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("can't start new thread"),
+    ],
+)
+def test_whatever_says_that_memory_ran_out_is_known(error):
+    assert _out_of_memory(error)
+
+
+def test_other_errors_are_none_of_memory():
+    assert not _out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_many_masks_are_learned_from_in_crops_too_which_are_counted_once_and_leave_no_file(place, trainings):

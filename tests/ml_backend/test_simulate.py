@@ -89,7 +89,13 @@ def test_told_to_end_it_takes_its_backend_along(shared, tmp_path):
     started: list[psutil.Process] = []
     try:
         below = psutil.Process(process.pid)
-        started = wait_until(lambda: len(found := below.children(recursive=True)) > 2 and found, limit_s=60)
+
+        def backend() -> list[psutil.Process]:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            found = below.children(recursive=True)
+            return found if len(found) > 2 else []
+
+        started = wait_until(backend, limit_s=60)
         process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
         wait_until(lambda: not any(map(alive, started)), limit_s=30)
