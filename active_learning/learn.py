@@ -275,8 +275,9 @@ def _with_fewer_clicks(training: AnyCourse, folder: Path, why: Exception | None 
             "other programs on this machine"
         ) from why
     training = replace(training, clicks=training.clicks // 2)
-    said = "" if why is None else f" ({why})"
-    log.warning("memory ran out%s: training begins anew with %d clicks a step", said, training.clicks)
+    said = str(why or "").partition("\n")[0]
+    reason = f" ({said})" if said else ""
+    log.warning("memory ran out%s: training begins anew with %d clicks a step", reason, training.clicks)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     (folder / _CLICKS).write_text(str(training.clicks))
     return training

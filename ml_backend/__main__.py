@@ -331,14 +331,12 @@ def simulate_command(
     from model.annotations import read_annotations
 
     console = Console(stderr=True)
-    ends = [
-        n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN
-    ]  # as nohup leaves it
+    ends = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]
 
     def end(number: int, _: FrameType | None) -> NoReturn:
-        for one in ends:  # a second must not disturb
+        for one in ends:  # a second one must not disturb: the backends are stopped on the way out
             signal.signal(one, signal.SIG_IGN)
-        sys.exit(128 + number)  # the backends are stopped on the way out
+        sys.exit(128 + number)
 
     for number in ends:
         signal.signal(number, end)

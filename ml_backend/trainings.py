@@ -288,8 +288,8 @@ def _die_with_parent() -> None:
 def _limit_memory(wanted: int) -> None:
     """Have the system refuse what is far beyond `wanted` bytes, should that come between two looks at what is held.
 
-    What the heap keeps for later counts here as well, though it may take no memory: a gigabyte and more. The sum stays
-    below what a container of 6 GB has, so that this comes before the system ends the process.
+    What the heap keeps for later counts here as well, though it may take no memory: a gigabyte and more. With the usual
+    limit the sum stays below the 6 GB of a trainer's container, so that this comes before the system ends the process.
     """
     wanted += 3 * 2**29
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -51,6 +51,13 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def logged_trainer(settings: Settings, log: Path, changes: dict[str, str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ml_backend", "trainer", "--once"]
+    with log.open("wb") as file:
+        there = environment(settings) | changes
+        return subprocess.Popen(command, cwd=ROOT, env=there, start_new_session=True, stderr=file)
+
+
 def versions(settings: Settings, segmenter) -> list[str]:
     registry = AdapterRegistry(settings.data_dir / "adapters", base=segmenter.digest)
     return [version.id for version in registry.versions("project-3")]
@@ -112,14 +119,7 @@ def test_a_training_that_the_system_ends_for_its_memory_says_so_and_goes_on_with
     corrected(settings)
     request(settings, "project-3", "the button")
     trainings = folder_of(settings, "project-3")
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ml_backend", "trainer", "--once"],
-            cwd=ROOT,
-            env=environment(settings) | {"GRACO_TRAIN_STEPS": "60"},
-            start_new_session=True,
-            stderr=log,
-        )
+    process = logged_trainer(settings, tmp_path / "log", {"GRACO_TRAIN_STEPS": "60"})
     try:
         with little_memory(24) as procs:
             wait_until(lambda: trainings.status().step > 0, limit_s=120)
@@ -140,14 +140,9 @@ def test_a_training_that_may_not_have_the_memory_it_takes_fails_with_what_to_do(
     corrected(settings)
     request(settings, "project-3", "the button")
     trainings = folder_of(settings, "project-3")
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ml_backend", "trainer", "--once"],
-            cwd=ROOT,
-            env=environment(settings) | _heap("trainer") | {"GRACO_TRAIN_STEPS": "60", "GRACO_TRAIN_MEMORY_MB": "500"},
-            start_new_session=True,
-            stderr=log,
-        )
+    process = logged_trainer(
+        settings, tmp_path / "log", _heap("trainer") | {"GRACO_TRAIN_STEPS": "60", "GRACO_TRAIN_MEMORY_MB": "500"}
+    )
     try:
         assert process.wait(300) == 0, (tmp_path / "log").read_text()
     finally:
