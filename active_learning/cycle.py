@@ -317,13 +317,20 @@ class _Judge:
         return verdict
 
     def _objects(self, found: AnnotationSet) -> Iterator[Objects]:
-        models = Models(base=self._place.segmenter, adapted=self._place.segmenter)
-        for image, masks in objects_of(found, self._margins.limit):
-            yield scene_of(found.name, image, models, self._embeddings), masks
+        return encoded_objects(found, self._margins.limit, self._place.segmenter, self._embeddings)
 
     def _curves(self, segmenter: Segmenter, found: AnnotationSet) -> list[ObjectCurve]:
         report = self._watch.look_once_more
         return curves_of(segmenter, self._objects(found), budget=self._margins.budget, report=report)
+
+
+def encoded_objects(
+    found: AnnotationSet, limit: int, segmenter: Segmenter, embeddings: EmbeddingFolder
+) -> Iterator[Objects]:
+    """Yield what `curves_of` clicks: at most `limit` objects of a set, their photos as `segmenter` encodes them."""
+    models = Models(base=segmenter, adapted=segmenter)
+    for image, masks in objects_of(found, limit):
+        yield scene_of(found.name, image, models, embeddings), masks
 
 
 def _publish(

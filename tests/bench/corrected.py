@@ -22,8 +22,9 @@ import numpy as np
 
 from active_learning.bundle import bundled_sets
 from active_learning.corrections import Correction, Snapshot, held_out
+from active_learning.cycle import encoded_objects
 from active_learning.dataset import EmbeddingFiles, photos_of
-from active_learning.gate import curves_of, objects_of
+from active_learning.gate import curves_of
 from active_learning.images import ImageStore
 from active_learning.learn import LearningConfig, blended, learn
 from active_learning.scores import ObjectCurve, compare, paired
@@ -32,8 +33,6 @@ from active_learning.training_run import Progress
 from ml_backend.simulate import clickable, holdout_of
 from model.annotations import AnnotatedImage, AnnotationSet, encode, read_annotations
 from model.embeddings import EmbeddingFolder
-from model.evaluation.protocol import Models
-from model.evaluation.runner import scene_of
 from model.light.segmenter import LightSegmenter
 from model.segmenter import BUNDLED, BUNDLED_ADAPTER, load_segmenter
 
@@ -65,9 +64,8 @@ def measured(
     segmenter: LightSegmenter, adapter: Path, found: AnnotationSet, limit: int, embeddings: Path
 ) -> list[ObjectCurve]:
     """Return how the robot gets on with at most `limit` objects of a set."""
-    models, folder = Models(base=segmenter, adapted=segmenter), EmbeddingFolder(embeddings)
-    chosen = ((scene_of(found.name, image, models, folder), masks) for image, masks in objects_of(found, limit))
-    return curves_of(segmenter.with_adapter(adapter), chosen, budget=_BUDGET)
+    objects = encoded_objects(found, limit, segmenter, EmbeddingFolder(embeddings))
+    return curves_of(segmenter.with_adapter(adapter), objects, budget=_BUDGET)
 
 
 def main(
@@ -146,12 +144,10 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, help="keeps embeddings for the next time")
     parser.add_argument("--set", action="append", default=[], type=_changed, help="of the recipe: --set views=0")
     given = parser.parse_args()
-    unknown = dict(given.set).keys() - {field.name for field in fields(LearningConfig)}
-    if unknown:
-        parser.error(
-            f"the recipe has no {min(unknown)}; it has {', '.join(field.name for field in fields(LearningConfig))}"
-        )
-    recipe = replace(LearningConfig(seed=given.seed), **dict(given.set))
+    known, changes = [field.name for field in fields(LearningConfig)], dict(given.set)
+    if unknown := changes.keys() - known:
+        parser.error(f"the recipe has no {min(unknown)}; it has {', '.join(known)}")
+    recipe = replace(LearningConfig(seed=given.seed), **changes)
     with tempfile.TemporaryDirectory() as place:
         work = given.work or Path(place)
         main(given.data, given.corrections, given.objects, recipe, work, device=given.device)
