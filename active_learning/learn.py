@@ -1,6 +1,7 @@
 """Fine-tuning: an adapter that serves and a snapshot of corrections to candidates, of the family that serves.
 
-Only the level branch learns; the phrase branch's LoRA is handed on as it is. Lessons are drawn from the corrections
+The level branch learns, and with many corrections the encoder's tail; the phrase branch's LoRA is handed on as it is.
+Lessons are drawn from the corrections
 and from the replay set, a slice of what the shipped adapter was trained on, so that nothing is forgotten: half of them
 each, and more from the corrections where these are many.
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, TrainingPhoto, photos_of, views_of
 from active_learning.status import SHORT
-from active_learning.train import TrainingConfig, fine_tune, plain_state, prepare
+from active_learning.train import TrainingConfig, fine_tune, plain_state, prepare, prepare_tail
 from active_learning.train_graco import GracoCourse, SteeredNetwork, untrained
 from active_learning.train_graco import fine_tune as fine_tune_graco
 from active_learning.training_run import BadCheckpoint, Course, Progress, seeded
@@ -39,6 +40,7 @@ from model.graco.segmenter import GracoSegmenter
 from model.light.adapter import LEVEL, VOCABULARY
 from model.light.ladder import LadderDecoder
 from model.light.segmenter import LightSegmenter
+from model.light.tail import ENCODER
 from model.segmenter import digest_of_file
 from model.types import Refusal
 
@@ -66,6 +68,7 @@ class LearningConfig:
     checkpoint_every: int = 50  # steps
     many_masks: int = 200  # to learn from: held-out ones do not count, those merged of siblings do
     replay_of_many: float = 0.2  # share of the lessons from that many masks on, instead of `replay`
+    tail_of_many: bool = True  # whether the encoder's tail learns too, from that many masks on
     views: int = 2  # crops of each corrected photo, beside it, from that many masks on; fewer do not gain by them
     smallest_view: float = 0.6  # side of a crop, as a share of the photo's
 
@@ -79,8 +82,12 @@ class LearningConfig:
         self, photos: Sequence[TrainingPhoto], replay: Sequence[TrainingPhoto]
     ) -> list[tuple[float, Sequence[TrainingPhoto]]]:
         """Return the photos of corrections and of the replay set, each with its share of the lessons."""
-        share = self.replay_of_many if _masks_of(photos) >= self.many_masks else self.replay
+        share = self.replay_of_many if self.are_many(photos) else self.replay
         return [(1 - share, photos), (share, replay)]
+
+    def are_many(self, photos: Sequence[TrainingPhoto]) -> bool:
+        """Return whether the photos of corrections hold so many masks that more is learned from them."""
+        return _masks_of(photos) >= self.many_masks
 
     def training(self, masks: int, *, rank: int, alpha: int, device: str, precision: str) -> TrainingConfig:
         """Return how to train `light` on this many masks."""
@@ -125,7 +132,10 @@ def graco_learning(device: str) -> LearningConfig:
     So on a CPU there are few of them: ViT-B takes 10 to 40 s for each, of the time that a training may take.
     """
     # what many masks change was tried with `light` alone
-    config = LearningConfig(learning_rate=5e-4, most_steps=600, views=0, replay_of_many=LearningConfig().replay)
+    usual = LearningConfig()
+    config = replace(
+        usual, learning_rate=5e-4, most_steps=600, views=0, replay_of_many=usual.replay, tail_of_many=False
+    )
     if _on_gpu(device):
         return replace(config, clicks=4)
     return replace(config, steps_per_mask=1.0, fewest_steps=40, most_steps=60, clicks=2, checkpoint_every=5)
@@ -186,7 +196,9 @@ def learn(
         plain, lora = _as_memory_allows(course, teach_graco, folder)
     else:
         course = config.training(masks, precision=precision, **known)
-        teach_light = partial(_teach_light, segmenter, embeddings, found, groups, folder, watched)
+        with_tail = ENCODER in found.lora or (config.tail_of_many and config.are_many(photos))
+        watched["recipe"] += " and the encoder's tail" if with_tail else ""
+        teach_light = partial(_teach_light, segmenter, embeddings, found, groups, folder, watched, with_tail)
         plain, lora = _as_memory_allows(course, teach_light, folder)
     kept = {name: found.card[name] for name in _HANDED_ON if name in found.card}
     card = kept | card | {"steps": course.steps, "masks": masks}
@@ -205,6 +217,7 @@ def _teach_light(
     groups: Groups,
     folder: Path,
     watched: dict[str, Any],
+    with_tail: bool,
     training: TrainingConfig,
 ) -> Learned:
     with seeded(training.seed):
@@ -212,8 +225,16 @@ def _teach_light(
     prepare(network, training)
     network.load_state_dict({k: v for k, v in found.plain.items() if k != VOCABULARY}, strict=False)
     load_lora(network.transformer, LEVEL, found.lora[LEVEL])
-    fine_tune(training, network, segmenter.prompt_encoder, _sampler(training, groups), embeddings, folder, **watched)
+    tail = segmenter.encoder_tail() if with_tail else None
+    if tail is not None:
+        prepare_tail(tail, training)
+        if ENCODER in found.lora:
+            load_lora(tail, ENCODER, found.lora[ENCODER])
+    sampler = _sampler(training, groups)
+    fine_tune(training, network, segmenter.prompt_encoder, sampler, embeddings, folder, tail=tail, **watched)
     lora = dict(found.lora) | {LEVEL: lora_state(network.transformer, LEVEL)}
+    if tail is not None:
+        lora[ENCODER] = lora_state(tail, ENCODER)
     return found.plain | plain_state(network), lora
 
 
@@ -304,10 +325,17 @@ def blended(parent: Path, trained: Path, share: float, target: Path, *, exact: b
     def between(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: torch.lerp(a[name], value, share) for name, value in b.items()}
 
-    lora = {branch: between(old.lora[branch], matrices) for branch, matrices in new.lora.items()}
+    lora = {
+        branch: between(old.lora.get(branch) or _nothing(matrices), matrices) for branch, matrices in new.lora.items()
+    }
     card = new.card | {"blend": share}
     write_adapter(target, card=card, plain=between(old.plain, new.plain), lora=lora, exact=exact)
     return target
+
+
+def _nothing(matrices: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return LoRA matrices that add nothing, with the first ones of `matrices`, which alone add nothing either."""
+    return {name: torch.zeros_like(value) if ".lora_B." in name else value for name, value in matrices.items()}
 
 
 def write_untrained(path: Path, segmenter: GracoSegmenter) -> Path:

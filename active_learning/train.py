@@ -1,7 +1,8 @@
 """The training of a granularity adapter: one loop, from lessons to an adapter file.
 
-The encoder and the decoder's own weights stay as they are; what is learned are the level tokens, LoRA on Q and V of the
-decoder's attention, the layers that work on its tokens alone, and the small heads that make masks of them. Each step
+The base's own weights stay as they are; what is learned are the level tokens, LoRA on Q and V of the
+decoder's attention, the layers that work on its tokens alone, and the small heads that make masks of them; where it is
+asked for, LoRA on the encoder's tail as well. Each step
 shows one photo a few clicks; in some steps the answers are corrected by further clicks on the network's own errors,
 and the answer to the last of them counts. Several processes each take a photo a step and share what they learn
 (accelerate).
@@ -41,11 +42,13 @@ from model.light.network import (
     SIDE,
     PromptEncoder,
 )
+from model.light.tail import ENCODER, TAIL_LAYERS
 from model.losses import normalised_focal, shrinkage, soft_iou
 from model.robot import next_click, sample_click
 from model.types import LEVELS, Click, Mask
 
 _TARGETS = {LEVEL: Q_AND_V, PHRASE: ("q_proj", "k_proj", "v_proj", "out_proj", "mlp.layers.0", "mlp.layers.1")}
+_TAIL = "tail"  # of the encoder, while it is trained beside the decoder
 _WRAPPED = ".base_layer"  # in the name of a layer that LoRA was added to
 _ON_TOKENS = (
     ".mlp."  # of the transformer, what works on the few tokens alone: cheap to train, and it decides what is asked
@@ -98,6 +101,12 @@ def prepare(network: LadderDecoder, config: TrainingConfig) -> None:
             parameter.requires_grad_(True)
 
 
+def prepare_tail(tail: nn.Module, config: TrainingConfig) -> None:
+    """Attach LoRA to a frozen tail of the encoder as the seed draws it; only its matrices will train."""
+    with seeded(config.seed):
+        attach(tail, ENCODER, rank=config.rank, alpha=config.alpha, targets=list(TAIL_LAYERS))
+
+
 def fine_tune(
     config: TrainingConfig,
     network: LadderDecoder,
@@ -106,6 +115,7 @@ def fine_tune(
     embeddings: EmbeddingFiles,
     folder: Path,
     *,
+    tail: nn.Module | None = None,
     recipe: str = "",
     phrases: Callable[[list[str]], Tensor] | None = None,
     before_step: Callable[[], None] = lambda: None,
@@ -121,6 +131,7 @@ def fine_tune(
         sampler: where lessons come from.
         embeddings: of the sampler's photos.
         folder: gets `checkpoint.pt` and TensorBoard's files; a checkpoint that is there is gone on from.
+        tail: the encoder's, prepared by `prepare_tail`, to train too; None: embeddings are taken as they are.
         recipe: names what decides the lessons beside `config`; a checkpoint of another one is refused.
         phrases: names to embeddings N, width; needed for the phrase branch.
         before_step: called before every step; may wait, and what it raises is raised.
@@ -131,6 +142,8 @@ def fine_tune(
         BadCheckpoint: the checkpoint is damaged, or belongs to another recipe.
     """
     accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+    if tail is not None:
+        network.add_module(_TAIL, tail)  # so that its weights are among those that the run moves and keeps
     run = TrainingRun(config, network, accelerator, recipe, slow=_is_pretrained)
     start = run.resume(folder / "checkpoint.pt")
     prompts = copy.deepcopy(prompts).to(accelerator.device)  # the segmenter's own may be in use elsewhere
@@ -142,12 +155,14 @@ def fine_tune(
         for step in range(start, config.steps):
             before_step()
             lesson = sampler.draw(run.rng, config.clicks)
-            embedding = embeddings.encoded(lesson.photo).tensors["embedding"].to(accelerator.device).float()
+            seen_as = embeddings.encoded(lesson.photo).tensors["embedding" if tail is None else "features"]
+            seen_as = seen_as.to(accelerator.device).float()
             named = None
             if config.branch == PHRASE:
                 assert phrases is not None
                 named = phrases([lesson.photo.names[i] for i in lesson.primaries]).to(accelerator.device)
             with accelerator.autocast():
+                embedding = seen_as if tail is None else tail(seen_as)
                 loss, seen = _teach(config, run.model, prompts, position, embedding, lesson, run.rng, named)
             accelerator.backward(loss)
             seen["gradient"] = run.update(step)
@@ -159,6 +174,8 @@ def fine_tune(
                     with run.averaged():
                         each_checkpoint(step + 1)
     run.keep_average()
+    if tail is not None:
+        delattr(network, _TAIL)
 
 
 def _is_pretrained(name: str) -> bool:

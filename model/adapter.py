@@ -49,14 +49,15 @@ class AdapterFile:
             for name, a in tensors.items():
                 if name.endswith(".lora_A.weight"):
                     module = name.removesuffix(".lora_A.weight")
-                    delta = scale * (tensors[f"{module}.lora_B.weight"] @ a)
+                    b = tensors[f"{module}.lora_B.weight"]
+                    delta = scale * (b.flatten(1) @ a.flatten(1)).reshape(b.shape[0], *a.shape[1:])
                     weight = f"{module}.weight"
                     found[weight] = found[weight] + delta if weight in found else delta
         return found
 
 
 def attach(network: nn.Module, branch: str, *, rank: int, alpha: int, targets: Sequence[str] = Q_AND_V) -> None:
-    """Add a LoRA branch to the linear layers of `network` named `targets`, in place; only its matrices will train.
+    """Add a LoRA branch to the layers of `network` named `targets`, in place; only its matrices will train.
 
     The branch is on afterwards, as are those attached before.
     """

@@ -70,9 +70,9 @@ class CompiledModel:
         self._request = ov.Core().compile_model(path, "CPU", config).create_infer_request()
         _let_go(path.with_suffix(".bin"))
 
-    def __call__(self, *inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Return the first output, valid until the next call."""
-        return np.asarray(self._request.infer(list(inputs), share_inputs=True)[0])
+    def __call__(self, *inputs: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], ...]:
+        """Return the outputs, valid until the next call."""
+        return tuple(map(np.asarray, self._request.infer(list(inputs), share_inputs=True).values()))
 
 
 def _let_go(file: Path) -> None:

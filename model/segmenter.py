@@ -47,7 +47,7 @@ class Memo(Protocol):
         """Keep a state."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Encoded:
     """An image as its family's encoder left it; immutable, shared between threads."""
 

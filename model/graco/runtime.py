@@ -90,7 +90,9 @@ class OpenVinoRuntime:
         with self._lock:
             for rows in range(0, len(image), _PAIR):
                 pair = (np.ascontiguousarray(value[rows : rows + _PAIR].numpy()) for value in (image, maps, signals))
-                found.append(self._logits(self._features(*pair, *steer)).copy())
+                (features,) = self._features(*pair, *steer)
+                (logits,) = self._logits(features)
+                found.append(logits.copy())
         return torch.from_numpy(np.concatenate(found))
 
 

@@ -1,21 +1,26 @@
 """A granularity adapter as the `light` family serves it: ladder decoders with LoRA summed in, and known phrases.
 
 There is one decoder for levels alone and one for phrases, each with its own sums; both share all other tensors. Which
-one answers is chosen by request and writes to neither.
+one answers is chosen by request and writes to neither. An adapter may also move the encoder's tail: then it sees each
+image its own way.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from model.adapter import AdapterFile, read_adapter
+from model.light.encoder import Tail
 from model.light.ladder import Ladder, LadderDecoder
 from model.light.network import MaskDecoder
-from model.segmenter import digest_of_file
+from model.light.tail import Moved, moved_by
+from model.segmenter import Encoded, digest_of_file
 from model.text import Vocabulary, clean, load_phrase_encoder, names_part
 from model.types import Granularity, Prompt, Refusal
 
@@ -24,6 +29,7 @@ LEVEL, PHRASE = "level", "phrase"
 PART = Granularity(2)
 """What a word for a part asks for; chosen among 0.1 .. 0.5 on car parts (docs/experiments.md)."""
 _OF_BASE = ("transformer.", "iou_token.", "mask_tokens.")  # what stays as the base has it, sums aside
+_SEEN = 32  # images whose embeddings a moved tail keeps, 2 MB each; further ones take a tenth of an encoding again
 VOCABULARY = "vocabulary"
 """Name of the tensor that holds the vectors of known names."""
 
@@ -36,6 +42,25 @@ class LadderAdapter:
     level: LadderDecoder
     phrase: LadderDecoder | None
     vocabulary: Vocabulary | None
+    tail: Tail | None = None  # of the encoder, as the adapter moves it
+    _seen: WeakKeyDictionary[Encoded, Tensor] = field(default_factory=WeakKeyDictionary)  # while the image is kept
+
+    def sees(self, encoded: Encoded) -> Tensor:
+        """Return the embedding of an image as this adapter sees it: 1, 256, 64, 64, fp16; one call runs at a time."""
+        if self.tail is None:
+            return encoded.tensors["embedding"]
+        embedding = self._seen.get(encoded)
+        if embedding is None:
+            embedding = self.moved(encoded.tensors["features"])
+            if len(self._seen) >= _SEEN and (oldest := next(iter(self._seen), None)) is not None:
+                self._seen.pop(oldest, None)
+            self._seen[encoded] = embedding
+        return embedding
+
+    def moved(self, features: Tensor) -> Tensor:
+        """Return what the moved tail makes of features 1, 160, 64, 64: an embedding 1, 256, 64, 64, fp16."""
+        assert self.tail is not None
+        return self.tail(features.float()).half().cpu()
 
     def understood(self, prompt: Prompt) -> Prompt:
         """Return `prompt` with its phrase as a name that was trained, or without.
@@ -69,13 +94,14 @@ def _ends_with(phrase: str, name: str) -> bool:
     return any(f" {words}".endswith(f" {name}") for words in (cleaned, f"{cleaned}s", cleaned.removesuffix("s")))
 
 
-def load_ladder(path: Path, base: MaskDecoder, digest: str) -> LadderAdapter:
+def load_ladder(path: Path, base: MaskDecoder, digest: str, tail: Callable[[Moved], Tail]) -> LadderAdapter:
     """Load an adapter file beside `base`.
 
     Args:
         path: as `model.adapter.write_adapter` wrote it.
         base: the decoder of the base weights; the adapter's lie on its device.
         digest: of the base weights.
+        tail: the base's encoder's, as an adapter moves it.
 
     Raises:
         Refusal: the file cannot be read, or was made for another base or network.
@@ -86,6 +112,7 @@ def load_ladder(path: Path, base: MaskDecoder, digest: str) -> LadderAdapter:
         level = _decoder(found, base, width, [LEVEL])
         phrase = _decoder(found, base, width, [LEVEL, PHRASE]) if PHRASE in found.lora else None
         vocabulary = _vocabulary(found) if phrase is not None else None
+        moved = moved_by(found)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, Refusal):
             raise
@@ -94,7 +121,8 @@ def load_ladder(path: Path, base: MaskDecoder, digest: str) -> LadderAdapter:
         for name, part in level.named_children():
             if name != "transformer":
                 setattr(phrase, name, part)  # the same tensors: held once
-    return LadderAdapter(f"{path.stem}-{digest_of_file(path)[:8]}", level, phrase, vocabulary)
+    name = f"{path.stem}-{digest_of_file(path)[:8]}"
+    return LadderAdapter(name, level, phrase, vocabulary, None if moved is None else tail(moved))
 
 
 def _decoder(found: AdapterFile, base: MaskDecoder, width: int, branches: list[str]) -> LadderDecoder:

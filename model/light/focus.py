@@ -43,6 +43,12 @@ class Look:
 
     focus: Focus
     embedding: Tensor | None = None  # 1, 256, 64, 64, as the encoder left it; None: the image's own
+    adapted: Tensor | None = None  # the same as the adapter sees it; None: it sees what the encoder left, or the image
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that its own embeddings take."""
+        return sum(one.nbytes for one in (self.embedding, self.adapted) if one is not None)
 
     @property
     def fit(self) -> Fit:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.geometry import Fit, FloatMap, Focus, clip_box
 from model.light import focus
@@ -97,7 +97,7 @@ class LadderState:
     @property
     def nbytes(self) -> int:
         """Bytes of memory it takes, with the embeddings of its looks, which later clicks there share."""
-        return self.logits.nbytes + sum(look.embedding.nbytes for look in self.looks if look.embedding is not None)
+        return self.logits.nbytes + sum(look.nbytes for look in self.looks)
 
     @property
     def looks(self) -> tuple[Look, ...]:
@@ -225,6 +225,10 @@ class LightSegmenter:
         """The base's decoder, to begin a training from; frozen."""
         return self._mask_decoder
 
+    def encoder_tail(self) -> nn.Module:
+        """Return the tail of the base's encoder by itself, to train; frozen."""
+        return self._encoder.plain_tail()
+
     @property
     def adapter(self) -> str | None:
         """Name and digest of the adapter."""
@@ -234,7 +238,7 @@ class LightSegmenter:
         """Return a segmenter with another adapter; it shares everything else."""
         ladder = None
         if adapter is not None:
-            ladder = load_ladder(adapter, self._mask_decoder, self._digest)
+            ladder = load_ladder(adapter, self._mask_decoder, self._digest, self._encoder.tail)
         parts = self._prompt_encoder, self._mask_decoder, self._encoder, self._digest, self._device
         return type(self)(*parts, ladder)
 
@@ -244,28 +248,36 @@ class LightSegmenter:
 
     @property
     def encoding(self) -> str:
-        """Weights and runtime of the encoder, and that the photo is kept beside the embedding."""
-        return f"{self.version}-{self._encoder.name}-photo"
+        """Weights and runtime of the encoder, and that features and photo are kept beside the embedding."""
+        return f"{self.version}-{self._encoder.name}-features-photo"
 
     def encode(self, image: RGBImage) -> Encoded:
-        """Return the embedding of `image`, fp16 so that a cached one answers alike, and the image to look closer at."""
+        """Return what the encoder makes of `image`, fp16 so that a cached one answers alike, and a copy to look at again.
+
+        What it makes of it are features, for adapters that move its tail, and the embedding.
+        """
         fit = Fit(image.shape[0], image.shape[1], SIDE)
         copies: list[Tensor] = []
         copying = threading.Thread(target=lambda: copies.append(focus.kept(image)))  # up to a tenth of a second
         copying.start()
         try:
-            embedding = self._embedding(fit.resize(image))
+            seen = self._see(fit.resize(image))
         finally:
             copying.join()
         photo = copies[0] if copies else focus.kept(image)  # where the thread failed, this says why
-        return Encoded({"embedding": embedding, "photo": photo}, fit.height, fit.width)
+        return Encoded({**seen, "photo": photo}, fit.height, fit.width)
 
-    def _embedding(self, resized: RGBImage) -> Tensor:
-        """Return what the encoder makes of an image that is resized to its square: 1, 256, 64, 64, fp16."""
+    def _see(self, resized: RGBImage) -> dict[str, Tensor]:
+        """Return what the encoder makes of an image that is resized to its square, fp16.
+
+        These are features 1, 160, 64, 64 and the embedding 1, 256, 64, 64.
+        """
         read = torch.from_numpy(resized.copy()).permute(2, 0, 1).float()
         pixels = torch.zeros(1, 3, SIDE, SIDE)
         pixels[0, :, : read.shape[1], : read.shape[2]] = (read - _MEAN) / _STD
-        return self._encoder(pixels).half().cpu().contiguous()
+        seen = self._encoder(pixels)
+        kept = {"features": seen.features, "embedding": seen.embedding}
+        return {name: value.half().cpu().contiguous() for name, value in kept.items()}
 
     def step(
         self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState | None
@@ -291,8 +303,8 @@ class LightSegmenter:
         fit = Fit(encoded.height, encoded.width, SIDE)
         rows, columns = (GRID, GRID) if padded else cells(*fit.resized)
         with _DECODING, torch.inference_mode():
-            embedding = encoded.tensors["embedding"].to(self._device).float()
-            image, points = self._asked(embedding, prompt, _whole(encoded), previous)
+            dense, points = self._asked(prompt, _whole(encoded), previous)
+            image = self._on_device(encoded.tensors["embedding"]) + dense
             position = self._grid[..., :rows, :columns]
             logits, scores = self._mask_decoder(image[..., :rows, :columns], position, points)
         values = fill_square(logits)[0].float().cpu().numpy()
@@ -304,14 +316,15 @@ class LightSegmenter:
             tuple(_MULTI[i] for i in np.argsort(areas, kind="stable")),
         )
 
-    def _asked(
-        self, embedding: Tensor, prompt: Prompt, seen: Focus, previous: FloatMap | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return what a decoder reads: the embedding with the previous mask added, and the vectors of the prompt."""
+    def _on_device(self, embedding: Tensor) -> Tensor:
+        return embedding.to(self._device).float()
+
+    def _asked(self, prompt: Prompt, seen: Focus, previous: FloatMap | None) -> tuple[Tensor, Tensor]:
+        """Return what a decoder reads of a prompt: what is added to the embedding, and the vectors of its points."""
         xy, kinds = _points(prompt, seen)
         before = None if previous is None else torch.from_numpy(previous).to(self._device)[None, None]
         points = self._prompt_encoder.points(xy.to(self._device), kinds.to(self._device))
-        return embedding + self._prompt_encoder.dense(before), points
+        return self._prompt_encoder.dense(before), points
 
     def steps(
         self, encoded: Encoded, prompts: Sequence[Prompt], states: Sequence[LightState | LadderState | None]
@@ -328,7 +341,7 @@ class LightSegmenter:
         if state is not None:
             look, previous = state.look, _previous(state, prompt)
             if len(prompt.clicks) >= focus.FIRST_CLICK:
-                look = self._next_look(encoded, prompt, previous, state)
+                look = self._next_look(adapter, encoded, prompt, previous, state)
             if look is not state.look:
                 previous = focus.moved(previous, state.look, look)
         if look.embedding is not None:  # what lies outside a focus is left out already
@@ -336,16 +349,19 @@ class LightSegmenter:
             prompt = replace(prompt, clicks=tuple(inside))
         rows, columns = cells(*look.fit.resized)
         with _DECODING, torch.inference_mode():
-            seen = encoded.tensors["embedding"] if look.embedding is None else look.embedding
-            embedding = seen.to(self._device).float()
-            image, points = self._asked(embedding, prompt, look.focus, previous)
+            dense, points = self._asked(prompt, look.focus, previous)
+            if look.embedding is None:
+                plain, seen = encoded.tensors["embedding"], adapter.sees(encoded)
+            else:
+                plain, seen = look.embedding, look.embedding if look.adapted is None else look.adapted
+            image = self._on_device(seen) + dense
             position = self._grid[..., :rows, :columns]
             ladder = adapter.answer(image[..., :rows, :columns], position, points, prompt.phrase)
             answers = ladder.logits.float()
             if state is None:
                 answers[:, :LEVELS] = growing(answers[:, :LEVELS])
             if with_base:  # the score stays the ladder's, which is calibrated
-                single = self._mask_decoder(image, self._grid, points)[0][:, _SINGLE]
+                single = self._mask_decoder(self._on_device(plain) + dense, self._grid, points)[0][:, _SINGLE]
                 height, width = answers.shape[-2:]
                 answers[:, LEVELS - 1] = (answers[:, LEVELS - 1] + single[:, :height, :width]) / 2
             logits = fill_square(answers)[0].half().cpu().numpy()
@@ -355,17 +371,21 @@ class LightSegmenter:
         self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState
     ) -> Callable[[], LadderState] | None:
         """Return what encodes the focus of the next click, as it is if that click adds nothing to look at."""
-        if not isinstance(state, LadderState) or len(prompt.clicks) + 1 < focus.FIRST_CLICK:
+        adapter = self._adapter
+        if adapter is None or not isinstance(state, LadderState) or len(prompt.clicks) + 1 < focus.FIRST_CLICK:
             return None
         wanted = self._wanted(encoded, prompt, np.asarray(state.logits[state.token(prompt)], np.float32), state.look)
         if wanted == _whole(encoded) or any(look.focus == wanted for look in state.looks):
             return None
-        return lambda: replace(state, ahead=self._look_at(encoded, wanted))
+        return lambda: replace(state, ahead=self._look_at(adapter, encoded, wanted))
 
-    def _next_look(self, encoded: Encoded, prompt: Prompt, found: FloatMap, last: LadderState) -> Look:
+    def _next_look(
+        self, adapter: LadderAdapter, encoded: Encoded, prompt: Prompt, found: FloatMap, last: LadderState
+    ) -> Look:
         """Return where the last click of `prompt` is answered, encoding it if it was not encoded before.
 
         Args:
+            adapter: sees it.
             encoded: the image.
             prompt: all clicks so far.
             found: logits that answered all but the last, 256, 256.
@@ -375,7 +395,7 @@ class LightSegmenter:
         for look in last.looks:
             if look.focus == wanted:
                 return look
-        return Look(wanted) if wanted == _whole(encoded) else self._look_at(encoded, wanted)
+        return Look(wanted) if wanted == _whole(encoded) else self._look_at(adapter, encoded, wanted)
 
     def _wanted(self, encoded: Encoded, prompt: Prompt, found: FloatMap, last: Look) -> Focus:
         """Return where to look after what was found in the square of `last`, whether it is encoded or not."""
@@ -384,10 +404,11 @@ class LightSegmenter:
             places += [(prompt.box.left, prompt.box.top), (prompt.box.right, prompt.box.bottom)]
         return focus.next_focus(found, last, places, _whole(encoded))
 
-    def _look_at(self, encoded: Encoded, wanted: Focus) -> Look:
+    def _look_at(self, adapter: LadderAdapter, encoded: Encoded, wanted: Focus) -> Look:
         """Return the look at a focus, which is encoded now."""
-        seen = focus.seen_in(encoded.tensors["photo"], wanted, encoded.height, encoded.width)
-        return Look(wanted, self._embedding(seen))
+        seen = self._see(focus.seen_in(encoded.tensors["photo"], wanted, encoded.height, encoded.width))
+        adapted = None if adapter.tail is None else adapter.moved(seen["features"])
+        return Look(wanted, seen["embedding"], adapted)
 
     def render(
         self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState, *, proposals: int = 1
