@@ -28,6 +28,7 @@ from active_learning.status import TrainingFolder
 from model import heap
 from model.adapter import read_adapter, write_adapter
 from model.annotations import decode, encode, read_annotations
+from model.light.tail import ENCODER, moved_by
 from model.segmenter import BUNDLED_ADAPTER
 from tests.active_learning.drawn import HEIGHT, WIDTH, strip, strip_masks
 
@@ -313,7 +314,28 @@ def test_many_masks_are_learned_from_in_crops_too_which_are_counted_once_and_lea
     assert not {path.stem for path in place.embeddings.glob("*/*/*.safetensors")} & crops
     assert not trainings.work(ended).exists()
     (version,) = place.registry.versions("project-3")
-    assert read_adapter(place.registry.path(version)).card["masks"] == masks
+    first = read_adapter(place.registry.path(version))
+    assert first.card["masks"] == masks
+
+    # the encoder's tail learned as well, and goes on doing so
+    assert first.lora[ENCODER]
+    scale = first.card["alpha"] / first.card["rank"]
+    moved = moved_by(first)
+    assert all(delta.abs().max() > 0 for delta in moved.values())
+    name, delta = next(iter(moved.items()))
+    up, down = (first.lora[ENCODER][f"{name}.lora_{side}.weight"].flatten(1) for side in "BA")
+    torch.testing.assert_close(delta, scale * up @ down)
+    fill(place.store, place.images, photos=12)
+    carry_out(place, trainings, config=few)
+    second = read_adapter(place.registry.path(place.registry.versions("project-3")[-1]))
+    assert all(not torch.equal(second.lora[ENCODER][name], value) for name, value in first.lora[ENCODER].items())
+
+
+def test_few_masks_leave_the_encoders_tail_as_it_is(place, trainings):
+    fill(place.store, place.images, photos=6)
+    carry_out(place, trainings)
+    (version,) = place.registry.versions("project-3")
+    assert ENCODER not in read_adapter(place.registry.path(version)).lora
 
 
 def test_a_training_killed_between_publishing_and_activating_is_finished_by_the_next_attempt(place, trainings):

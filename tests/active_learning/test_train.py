@@ -12,6 +12,7 @@ from active_learning.train import (
     fine_tune,
     plain_state,
     prepare,
+    prepare_tail,
     trainable_names,
 )
 from active_learning.training_run import seeded
@@ -19,6 +20,7 @@ from model.adapter import load_lora, lora_state, switch_on
 from model.light.adapter import LEVEL, PHRASE
 from model.light.ladder import LadderDecoder
 from model.light.network import CHANNELS
+from model.light.tail import ENCODER, TAIL_LAYERS
 from model.types import Refusal
 
 WIDTH = 5  # of a phrase's vector
@@ -109,6 +111,28 @@ def test_a_training_that_was_stopped_goes_on_to_the_very_weights_of_one_that_was
     resumed = teach(fresh(*branches), tmp_path / "two", recipe, report=lambda progress: steps.append(progress.step))
     assert steps == [3, 4, 5], "the checkpoint of step 2 was gone on from"
     equal(at_once.state_dict(), resumed.state_dict())
+
+
+def test_the_encoders_tail_goes_on_where_it_was_too(segmenter, fresh, teach, tmp_path):
+    recipe = config()
+
+    def tail():
+        found = segmenter.encoder_tail()
+        prepare_tail(found, recipe)
+        return found
+
+    begun, at_once, resumed = tail(), tail(), tail()
+    network = teach(fresh(LEVEL), tmp_path / "one", recipe, tail=at_once)
+    assert "tail" not in dict(network.named_children()), "what is kept of the decoder is the decoder's"
+    with pytest.raises(Stopped):
+        teach(fresh(LEVEL), tmp_path / "two", recipe, tail=tail(), report=stop_at(3))
+    equal(network.state_dict(), teach(fresh(LEVEL), tmp_path / "two", recipe, tail=resumed).state_dict())
+    equal(at_once.state_dict(), resumed.state_dict())
+    before, after = lora_state(begun, ENCODER), lora_state(at_once, ENCODER)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert len(moved) == 2 * len(TAIL_LAYERS)
+    plain = {name for name, value in at_once.state_dict().items() if "lora_" not in name}
+    equal({name: at_once.state_dict()[name] for name in plain}, {name: begun.state_dict()[name] for name in plain})
 
 
 def test_a_training_that_is_done_only_puts_its_weights_back(fresh, teach, tmp_path):

@@ -5,16 +5,17 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.light.encoder import EncoderRuntime, OpenVinoEncoder, TorchEncoder
+from model.light.encoder import EncoderRuntime, OpenVinoEncoder, Seen, TorchEncoder
 from model.light.image_encoder import ImageEncoder
 from model.light.network import SIDE, MaskDecoder, PromptEncoder
 from model.light.segmenter import LightSegmenter
@@ -30,17 +31,18 @@ _CPU = torch.device("cpu")
 _REACH_S, _REACH_RATIO = 0.8, 1.8
 
 
-class Runtime:
-    """An encoder made of one function, such as a network or an ONNX session."""
+class Runtime(TorchEncoder):
+    """An encoder made of one function to features and an embedding, such as a network or an ONNX session."""
 
-    def __init__(self, name: str, run: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, name: str, run: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__(WEIGHTS, _CPU)  # whose tail it has
         self.name = name
-        self._run = run
+        self._function = run
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Return the embedding in fp32."""
+    def _run(self, pixels: Tensor) -> Seen:
         with torch.inference_mode():
-            return self._run(pixels).float()
+            features, embedding = self._function(pixels)
+            return Seen(features.float(), embedding.float())
 
 
 def _plain() -> ImageEncoder:
@@ -147,11 +149,11 @@ def _offered(folder: Path) -> Iterator[tuple[str, Callable[[], EncoderRuntime]]]
     yield "onnxruntime f32", lambda: _onnxruntime(_plain())
 
 
-def _autocast(encoder: ImageEncoder) -> Callable[[Tensor], Tensor]:
-    def run(pixels: Tensor) -> Tensor:
+def _autocast(encoder: ImageEncoder) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    def run(pixels: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast("cpu", torch.bfloat16):
-            embedding: Tensor = encoder(pixels)
-        return embedding
+            seen: tuple[Tensor, ...] = encoder(pixels)
+        return seen
 
     return run
 
@@ -162,7 +164,7 @@ def _openvino(compiled: Path, precision: str) -> EncoderRuntime:
     exported = next(compiled.glob("*/encoder.xml"))  # the f32 one has written it
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     request = ov.Core().compile_model(exported, "CPU", config).create_infer_request()
-    return Runtime(precision, lambda pixels: torch.from_numpy(request.infer([pixels.numpy()])[0].copy()))
+    return Runtime(precision, lambda pixels: _tensors(request.infer([pixels.numpy()]).values()))
 
 
 def _onnxruntime(encoder: ImageEncoder) -> EncoderRuntime:
@@ -175,4 +177,8 @@ def _onnxruntime(encoder: ImageEncoder) -> EncoderRuntime:
         )  # tracing speaks of window sizes and caches that become constants, as they shall
         torch.onnx.export(encoder, (torch.zeros(1, 3, SIDE, SIDE),), path, input_names=["pixels"], verbose=False)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return Runtime("onnxruntime", lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0]))
+    return Runtime("onnxruntime", lambda pixels: _tensors(session.run(None, {"pixels": pixels.numpy()})))
+
+
+def _tensors(arrays: Iterable[npt.NDArray[np.float32]]) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(np.array(array)) for array in arrays)

@@ -10,9 +10,10 @@ from scipy.optimize import isotonic_regression
 
 from model.geometry import Fit
 from model.light.adapter import load_ladder
+from model.light.encoder import TorchEncoder
 from model.light.ladder import LOGITS_PER_CELL, LadderDecoder, _between, cells, fill_square, growing
 from model.light.network import CHANNELS, GRID, POINT_PADDING, POINT_POSITIVE, SIDE
-from model.segmenter import BUNDLED_ADAPTER
+from model.segmenter import BUNDLED, BUNDLED_ADAPTER
 from model.types import LEVELS
 
 WIDTH = 5  # of a phrase's vector
@@ -128,5 +129,5 @@ def test_a_ladder_lies_where_its_base_does(segmenter):
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")  # whose values are not kept
 def test_an_adapter_is_loaded_beside_a_base_on_another_device(segmenter):
     base = copy.deepcopy(segmenter.mask_decoder).to("meta")
-    adapter = load_ladder(BUNDLED_ADAPTER, base, segmenter.digest)
+    adapter = load_ladder(BUNDLED_ADAPTER, base, segmenter.digest, TorchEncoder(BUNDLED, torch.device("cpu")).tail)
     assert {tensor.device.type for tensor in adapter.level.state_dict().values()} == {"meta"}

@@ -44,7 +44,7 @@ def test_the_bundled_weights_reproduce_the_recorded_numbers_of_the_published_mod
     prompts = load_part(PromptEncoder(), tensors, PROMPT_ENCODER)
     decoder = load_part(MaskDecoder(), tensors, MASK_DECODER)
     with torch.inference_mode():
-        embedding = encoder(pixels_of(shared / "data" / str(golden["image_file"])))
+        _, embedding = encoder(pixels_of(shared / "data" / str(golden["image_file"])))
         xy = torch.cat([torch.from_numpy(golden["point_xy_1024"]), torch.zeros(1, 1, 2)], dim=1)
         points = prompts.points(xy, torch.tensor([[1, -1]]))
         logits, scores = decoder(embedding + prompts.dense(None), prompts.grid_position(), points)
@@ -125,7 +125,8 @@ def test_folding_the_norms_changes_no_number():
     with torch.inference_mode():
         before = unfolded(pixels)
         fuse_norms(unfolded)
-        np.testing.assert_allclose(unfolded(pixels), before, atol=1e-4)
+        for after, same in zip(unfolded(pixels), before, strict=True):
+            np.testing.assert_allclose(after, same, atol=1e-4)
 
 
 def photos(shared: Path, count: int) -> list[np.ndarray]:
@@ -165,15 +166,16 @@ def test_the_compiled_encoder_is_kept_and_used_by_the_next_start(tmp_path):
     assert len(kept) == 1
     assert not list(tmp_path.glob(".draft-*"))
     pixels = torch.randn(1, 3, SIDE, SIDE)
-    reference = TorchEncoder(WEIGHTS, torch.device("cpu"))(pixels)
-    np.testing.assert_allclose(encoder(pixels), reference, atol=1e-4)
+    reference, seen = TorchEncoder(WEIGHTS, torch.device("cpu"))(pixels), encoder(pixels)
+    np.testing.assert_allclose(seen.features, reference.features, atol=1e-3)
+    np.testing.assert_allclose(seen.embedding, reference.embedding, atol=1e-4)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_in_half_precision_gives_nearly_the_masks_of_the_cpu(segmenter, scene):
     gpu = LightSegmenter.load(WEIGHTS, device="cuda")
-    assert gpu.encoding.endswith("torch-fp16")
+    assert "torch-fp16" in gpu.encoding
     click = Click(x=200, y=220, positive=True)
     both = [(one.with_adapter(BUNDLED_ADAPTER), one.encode(scene)) for one in (gpu, segmenter)]
     for prompt in (Prompt(clicks=(click,)), Prompt(clicks=(click,), granularity=Granularity(10))):
