@@ -252,9 +252,9 @@ class LightSegmenter:
         return f"{self.version}-{self._encoder.name}-features-photo"
 
     def encode(self, image: RGBImage) -> Encoded:
-        """Return what the encoder makes of `image`, fp16 so that a cached one answers alike, and a copy to look at again.
+        """Return features and embedding of `image`, fp16 so that a cached one answers alike, and a copy to crop from.
 
-        What it makes of it are features, for adapters that move its tail, and the embedding.
+        The features are for adapters that move the encoder's tail.
         """
         fit = Fit(image.shape[0], image.shape[1], SIDE)
         copies: list[Tensor] = []
