@@ -1,9 +1,8 @@
 """Fine-tuning: an adapter that serves and a snapshot of corrections to candidates, of the family that serves.
 
 The level branch learns, and with many corrections the encoder's tail; the phrase branch's LoRA is handed on as it is.
-Lessons are drawn from the corrections
-and from the replay set, a slice of what the shipped adapter was trained on, so that nothing is forgotten: half of them
-each, and more from the corrections where these are many.
+Lessons are drawn from the corrections and from the replay set, a slice of what the shipped adapter was trained on, so
+that nothing is forgotten: half of them each, and more from the corrections where these are many.
 
 A candidate's weights lie between the parent's and the trained ones (`blended`): half of the way keeps most of what was
 won, and forgets far less (docs/experiments.md).
@@ -33,14 +32,13 @@ from active_learning.train_graco import GracoCourse, SteeredNetwork, untrained
 from active_learning.train_graco import fine_tune as fine_tune_graco
 from active_learning.training_run import BadCheckpoint, Course, Progress, seeded
 from model import heap
-from model.adapter import AdapterFile, load_lora, lora_state, read_adapter, write_adapter
+from model.adapter import ENCODER, AdapterFile, load_lora, lora_state, read_adapter, write_adapter
 from model.annotations import AnnotationSet
 from model.graco.runtime import load_network
 from model.graco.segmenter import GracoSegmenter
 from model.light.adapter import LEVEL, VOCABULARY
 from model.light.ladder import LadderDecoder
 from model.light.segmenter import LightSegmenter
-from model.light.tail import ENCODER
 from model.segmenter import digest_of_file
 from model.types import Refusal
 

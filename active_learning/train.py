@@ -1,11 +1,10 @@
 """The training of a granularity adapter: one loop, from lessons to an adapter file.
 
-The base's own weights stay as they are; what is learned are the level tokens, LoRA on Q and V of the
-decoder's attention, the layers that work on its tokens alone, and the small heads that make masks of them; where it is
-asked for, LoRA on the encoder's tail as well. Each step
-shows one photo a few clicks; in some steps the answers are corrected by further clicks on the network's own errors,
-and the answer to the last of them counts. Several processes each take a photo a step and share what they learn
-(accelerate).
+The base's own weights stay as they are; what is learned are the level tokens, LoRA on Q and V of the decoder's
+attention, the layers that work on its tokens alone, and the small heads that make masks of them; where it is asked for,
+LoRA on the encoder's tail as well. Each step shows one photo a few clicks; in some steps the answers are corrected by
+further clicks on the network's own errors, and the answer to the last of them counts. Several processes each take a
+photo a step and share what they learn (accelerate).
 
 Sources: GraCo (arXiv 2405.00587) for granularity-controllable learning; RITM (arXiv 2102.06583) for iterative clicks,
 the previous mask fed back, and the normalised focal loss.
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from active_learning.dataset import EmbeddingFiles, Lesson, Sampler, targets
 from active_learning.training_run import Course, Figures, Progress, TrainingRun, seeded
-from model.adapter import Q_AND_V, attach, switch_on
+from model.adapter import ENCODER, Q_AND_V, attach, switch_on
 from model.light.adapter import LEVEL, PHRASE
 from model.light.ladder import LOGITS_PER_CELL, LadderDecoder, fill_square
 from model.light.network import (
@@ -42,7 +41,7 @@ from model.light.network import (
     SIDE,
     PromptEncoder,
 )
-from model.light.tail import ENCODER, TAIL_LAYERS
+from model.light.tail import TAIL_LAYERS
 from model.losses import normalised_focal, shrinkage, soft_iou
 from model.robot import next_click, sample_click
 from model.types import LEVELS, Click, Mask
@@ -76,7 +75,7 @@ def trainable_names(network: LadderDecoder, branch: str) -> list[str]:
     own = ("phrase_token.", "phrase_projection.", "phrase_leaning")
     if branch == PHRASE:
         return [name for name, _ in network.named_parameters() if name.startswith(own)]
-    frozen = (*own, "iou_token.", "mask_tokens.")
+    frozen = (*own, "iou_token.", "mask_tokens.", f"{_TAIL}.")
     return [
         name
         for name, _ in network.named_parameters()

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _WATCH_S = 0.3
 _RETRY_S = 5.0  # after a version could not be loaded
-_KEPT = 8  # versions in memory, about 35 MB each
+_KEPT = 8  # versions in memory, about 35 MB each, up to 80 while they move the encoder's tail
 _PROJECT = re.compile(r"([0-9]{1,19})(\.[0-9]+)?")  # Label Studio sends 3, or 3.1795250578: id and time of creation
 
 

@@ -104,7 +104,7 @@ class Settings(BaseSettings):
     )
 
     embedding_memory_mb: int = Field(256, ge=8, description="encoded images kept in memory")
-    embedding_disk_mb: int = Field(2048, ge=0, description="encoded images kept on disk; 0: none")
+    embedding_disk_mb: int = Field(3072, ge=0, description="encoded images kept on disk; 0: none")
     remembered_answers: int = Field(100_000, ge=100, description="answers remembered to tell corrected from accepted")
 
     image_max_mb: int = Field(100, ge=1, description="largest image file accepted")

@@ -1,9 +1,9 @@
 """LoRA adapters: attach one to a network for training, save what was trained, load it for serving.
 
-An adapter is one safetensors file: for each branch the LoRA matrices of Q and V, and the small tensors trained beside
-them, with a card (JSON) in its metadata. Serving does not run LoRA beside the weights: for each set of branches a
-request may ask for, the sums W + scale * B A are made once at loading, so that switching writes to nothing that another
-thread reads, and costs no time. peft is needed to train; it is imported only then.
+An adapter is one safetensors file: for each branch its LoRA matrices (of Q and V, and more), and the small tensors
+trained beside them, with a card (JSON) in its metadata. Serving does not run LoRA beside the weights: for each set of
+branches a request may ask for, the sums W + scale * B A are made once at loading, so that switching writes to nothing
+that another thread reads, and costs no time. peft is needed to train; it is imported only then.
 
 Sources: LoRA (arXiv 2106.09685); peft's names of tensors; GraCo (arXiv 2405.00587) for rank 8, on Q and V, and a branch
 for each control signal.
@@ -27,8 +27,11 @@ from model.types import Refusal
 
 Q_AND_V = ("q_proj", "v_proj")
 """What GraCo's LoRA is added to."""
+ENCODER = "encoder"
+"""The branch of an adapter of `light` that moves the encoder's tail (`model.light.tail`); on wherever it answers."""
 _LORA, _PLAIN = "lora", "plain"  # first part of a tensor's name in the file
-_FORMAT = 1
+_FORMATS = (1, 2)
+"""2 has the branch `ENCODER`, which readers of 1 would leave out unseen."""
 _SMALL = 10_000  # values of a tensor up to which it is kept in fp32
 
 
@@ -124,7 +127,7 @@ def write_adapter(
     tensors = {f"{_PLAIN}.{name}": value for name, value in plain.items()}
     for branch, matrices in lora.items():
         tensors |= {f"{_LORA}.{branch}.{name}": value for name, value in matrices.items()}
-    card = card | {"format": _FORMAT, "branches": sorted(lora)}
+    card = card | {"format": _FORMATS[ENCODER in lora], "branches": sorted(lora)}
     draft = path.with_name(f".{path.name}.draft")
     path.parent.mkdir(parents=True, exist_ok=True)
     large = {k for k, v in tensors.items() if k.startswith(f"{_PLAIN}.") and v.ndim > 1 and v.numel() > _SMALL}
@@ -149,8 +152,9 @@ def read_adapter(path: Path, *, base: str | None = None) -> AdapterFile:
         with safe_open(path, framework="pt") as file:
             card = json.loads((file.metadata() or {})["card"])
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
-        if card["format"] != _FORMAT:
-            raise Refusal(f"adapter {path} has format {card['format']}; this version reads format {_FORMAT}")
+        if card["format"] not in _FORMATS:
+            known = " and ".join(map(str, _FORMATS))
+            raise Refusal(f"adapter {path} has format {card['format']}; this version reads formats {known}")
         fits, _ = str(card["base"]), card["alpha"] / card["rank"]
         lora: dict[str, dict[str, Tensor]] = {branch: {} for branch in card["branches"]}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:

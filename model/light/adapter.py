@@ -7,6 +7,7 @@ image its own way.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from model.adapter import AdapterFile, read_adapter
+from model.adapter import ENCODER, AdapterFile, read_adapter
 from model.light.encoder import Tail
 from model.light.ladder import Ladder, LadderDecoder
 from model.light.network import MaskDecoder
@@ -25,11 +26,14 @@ from model.text import Vocabulary, clean, load_phrase_encoder, names_part
 from model.types import Granularity, Prompt, Refusal
 
 LEVEL, PHRASE = "level", "phrase"
-"""Branches: LoRA of the level signal, and that of the phrase signal, which is on together with it."""
+"""Branches of the decoder: LoRA of the level signal, and that of the phrase signal, which is on together with it.
+
+A third one, `model.adapter.ENCODER`, moves the encoder's tail.
+"""
 PART = Granularity(2)
 """What a word for a part asks for; chosen among 0.1 .. 0.5 on car parts (docs/experiments.md)."""
 _OF_BASE = ("transformer.", "iou_token.", "mask_tokens.")  # what stays as the base has it, sums aside
-_SEEN = 32  # images whose embeddings a moved tail keeps, 2 MB each; further ones take a tenth of an encoding again
+_SEEN = 16  # images whose embeddings a moved tail keeps, 2 MB each; further ones take the tail's time again
 VOCABULARY = "vocabulary"
 """Name of the tensor that holds the vectors of known names."""
 
@@ -43,15 +47,18 @@ class LadderAdapter:
     phrase: LadderDecoder | None
     vocabulary: Vocabulary | None
     tail: Tail | None = None  # of the encoder, as the adapter moves it
-    _seen: WeakKeyDictionary[Encoded, Tensor] = field(default_factory=WeakKeyDictionary)  # while the image is kept
+    # newest last, and only while the image itself is kept
+    _seen: WeakKeyDictionary[Encoded, Tensor] = field(init=False, default_factory=WeakKeyDictionary)
+    _seeing: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def sees(self, encoded: Encoded) -> Tensor:
-        """Return the embedding of an image as this adapter sees it: 1, 256, 64, 64, fp16; one call runs at a time."""
+        """Return the embedding of an image as this adapter sees it: 1, 256, 64, 64, fp16."""
         if self.tail is None:
             return encoded.tensors["embedding"]
-        embedding = self._seen.get(encoded)
-        if embedding is None:
-            embedding = self.moved(encoded.tensors["features"])
+        with self._seeing:  # whoever asks for the same image meanwhile finds it
+            embedding = self._seen.pop(encoded, None)
+            if embedding is None:
+                embedding = self.moved(encoded.tensors["features"])
             if len(self._seen) >= _SEEN and (oldest := next(iter(self._seen), None)) is not None:
                 self._seen.pop(oldest, None)
             self._seen[encoded] = embedding
@@ -107,6 +114,10 @@ def load_ladder(path: Path, base: MaskDecoder, digest: str, tail: Callable[[Move
         Refusal: the file cannot be read, or was made for another base or network.
     """
     found = read_adapter(path, base=digest)
+    if strange := found.lora.keys() - {LEVEL, PHRASE, ENCODER}:
+        raise Refusal(
+            f"adapter {path} has a branch {min(strange)}, which this version does not know; upgrade, or train anew"
+        )
     try:
         width = int(found.card["phrase_width"])
         level = _decoder(found, base, width, [LEVEL])

@@ -23,7 +23,7 @@ from model.background import background_thread
 from model.compiled import CompiledModel, ensure_exported, runtime_name, save_traced
 from model.light.network import GRID, SIDE
 from model.light.tail import TAIL_LAYERS, Moved, summed
-from model.light.weights import IMAGE_ENCODER, load_part
+from model.light.weights import IMAGE_ENCODER, load_part, tensors_of
 
 if TYPE_CHECKING:
     from model.light.image_encoder import EncoderTail, ImageEncoder
@@ -76,14 +76,13 @@ def load_tail(weights: Path, moved: Moved | None = None) -> EncoderTail:
 
     tail = EncoderTail()
     own = tail.state_dict().keys()
-    state = {name: value for name, value in _weights_of_encoder(weights).items() if name in own}
+    state = {name: value for name, value in _tensors(weights).items() if name in own}
     tail.load_state_dict(state if moved is None else summed(state, moved))
     return tail.eval().requires_grad_(False)
 
 
-def _weights_of_encoder(weights: Path) -> dict[str, Tensor]:
-    prefix = f"{IMAGE_ENCODER}."
-    return {k.removeprefix(prefix): v.float() for k, v in load_file(weights).items() if k.startswith(prefix)}
+def _tensors(weights: Path) -> dict[str, Tensor]:
+    return tensors_of(load_file(weights), IMAGE_ENCODER)
 
 
 class _Encoder:
@@ -126,7 +125,7 @@ class TorchEncoder(_Encoder):
 
     def tail(self, moved: Moved) -> Tail:
         """Return the tail with an adapter's matrices summed in: weights of its own."""
-        tail = load_tail(self._weights, moved).to(self._device, self._type)
+        tail = load_tail(self._weights, moved).to(self._device, self._type).to(memory_format=torch.channels_last)
 
         def run(features: Tensor) -> Tensor:
             with torch.inference_mode():
@@ -162,9 +161,10 @@ class OpenVinoEncoder(_Encoder):
         """Return the one compiled tail, which gets the weights that adapters move with the features."""
         with self._tail_runs:
             if self._compiled_tail is None:
+                ensure_exported(self._exported, _TAIL, _export, self._weights)  # it may be gone since the start
                 self._compiled_tail = CompiledModel(self._exported / _TAIL, threads=self._threads)
             compiled = self._compiled_tail
-        sums = summed(_weights_of_encoder(self._weights), moved)
+        sums = summed(_tensors(self._weights), moved)
         matrices = [sums[f"{layer}.weight"].flatten(1).numpy() for layer in TAIL_LAYERS]
 
         def run(features: Tensor) -> Tensor:

@@ -348,12 +348,12 @@ class LightSegmenter:
             inside = (click for click in prompt.clicks if click.positive or look.focus.covers(click.x, click.y))
             prompt = replace(prompt, clicks=tuple(inside))
         rows, columns = cells(*look.fit.resized)
+        if look.embedding is None:
+            plain, seen = encoded.tensors["embedding"], adapter.sees(encoded)
+        else:
+            plain, seen = look.embedding, look.embedding if look.adapted is None else look.adapted
         with _DECODING, torch.inference_mode():
             dense, points = self._asked(prompt, look.focus, previous)
-            if look.embedding is None:
-                plain, seen = encoded.tensors["embedding"], adapter.sees(encoded)
-            else:
-                plain, seen = look.embedding, look.embedding if look.adapted is None else look.adapted
             image = self._on_device(seen) + dense
             position = self._grid[..., :rows, :columns]
             ladder = adapter.answer(image[..., :rows, :columns], position, points, prompt.phrase)

@@ -13,11 +13,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from model.adapter import AdapterFile
+from model.adapter import ENCODER, AdapterFile
 from model.types import Refusal
 
-ENCODER = "encoder"
-"""The LoRA branch of an adapter that moves the encoder's tail; on wherever the adapter answers."""
 _PER_BLOCK = {"attn.qkv": (320, 960), "attn.proj": (320, 320), "mlp.fc1": (320, 1280), "mlp.fc2": (1280, 320)}
 TAIL_LAYERS = {
     "merges.2.conv1": (160, 320),
@@ -44,7 +42,7 @@ def moved_by(found: AdapterFile) -> Moved | None:
         strange = sorted(deltas.keys() ^ TAIL_LAYERS.keys())[0]
         raise Refusal(f"the adapter's {ENCODER} branch is not of this encoder's tail: see {strange}; train it anew")
     for name, (reads, gives) in TAIL_LAYERS.items():
-        if deltas[name].numel() != gives * reads:
+        if deltas[name].flatten(1).shape != (gives, reads):
             raise Refusal(f"the adapter's {ENCODER} branch does not fit {name}; train it anew")
     return {name: deltas[name].reshape(gives, reads) for name, (reads, gives) in TAIL_LAYERS.items()}
 

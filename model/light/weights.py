@@ -37,13 +37,17 @@ def load_part(part: Part, tensors: dict[str, Tensor], name: str) -> Part:
     Raises:
         Refusal: a tensor is missing, left over, or of another shape.
     """
-    prefix = f"{name}."
-    own = {key.removeprefix(prefix): value.float() for key, value in tensors.items() if key.startswith(prefix)}
     try:
-        part.load_state_dict(own, strict=True)
+        part.load_state_dict(tensors_of(tensors, name), strict=True)
     except RuntimeError as error:
         raise Refusal(f"these tensors do not make the {name} of the light family: {error}") from error
     return part.eval().requires_grad_(False)
+
+
+def tensors_of(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors of one part (those under `name.`, any precision) by their names in it, as fp32."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value.float() for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def from_mobile_sam(published: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,11 +16,11 @@ from active_learning.train import (
     trainable_names,
 )
 from active_learning.training_run import seeded
-from model.adapter import load_lora, lora_state, switch_on
+from model.adapter import ENCODER, load_lora, lora_state, switch_on
 from model.light.adapter import LEVEL, PHRASE
 from model.light.ladder import LadderDecoder
 from model.light.network import CHANNELS
-from model.light.tail import ENCODER, TAIL_LAYERS
+from model.light.tail import TAIL_LAYERS
 from model.types import Refusal
 
 WIDTH = 5  # of a phrase's vector

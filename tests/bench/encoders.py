@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.light.encoder import EncoderRuntime, OpenVinoEncoder, Seen, TorchEncoder
-from model.light.image_encoder import ImageEncoder
+from model.light.encoder import EncoderRuntime, OpenVinoEncoder, Seen, Tail, TorchEncoder, load_tail
+from model.light.image_encoder import EncoderTail, ImageEncoder
 from model.light.network import SIDE, MaskDecoder, PromptEncoder
 from model.light.segmenter import LightSegmenter
+from model.light.tail import Moved
 from model.light.weights import IMAGE_ENCODER, MASK_DECODER, PROMPT_ENCODER, load_part
 from model.metrics import iou
 from model.segmenter import Segmenter, digest_of, load_segmenter, predict
@@ -31,18 +32,26 @@ _CPU = torch.device("cpu")
 _REACH_S, _REACH_RATIO = 0.8, 1.8
 
 
-class Runtime(TorchEncoder):
+class Runtime:
     """An encoder made of one function to features and an embedding, such as a network or an ONNX session."""
 
     def __init__(self, name: str, run: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-        super().__init__(WEIGHTS, _CPU)  # whose tail it has
         self.name = name
-        self._function = run
+        self._run = run
 
-    def _run(self, pixels: Tensor) -> Seen:
+    def __call__(self, pixels: Tensor) -> Seen:
+        """Return what it makes of pixels, in fp32."""
         with torch.inference_mode():
-            features, embedding = self._function(pixels)
+            features, embedding = self._run(pixels)
             return Seen(features.float(), embedding.float())
+
+    def tail(self, moved: Moved) -> Tail:
+        """Return the tail as torch runs it."""
+        return load_tail(WEIGHTS, moved)
+
+    def plain_tail(self) -> EncoderTail:
+        """Return the base's tail."""
+        return load_tail(WEIGHTS)
 
 
 def _plain() -> ImageEncoder:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from model.adapter import attach, lora_state, write_adapter
+from model.adapter import ENCODER, attach, lora_state, write_adapter
 from model.light.adapter import LEVEL, PHRASE, VOCABULARY
 from model.light.ladder import LadderDecoder
 from model.light.segmenter import LightSegmenter
-from model.light.tail import ENCODER, TAIL_LAYERS
+from model.light.tail import TAIL_LAYERS
 from model.text import MINILM, THRESHOLD
 
 NAMES = ("disc", "door", "handle")

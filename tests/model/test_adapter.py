@@ -131,8 +131,8 @@ def test_a_card_that_makes_no_sense_is_refused(file, change):
 
 
 def test_a_later_format_is_refused_and_both_are_named(file):
-    rewrite(file, card=WHOLE | {"format": 2})
-    with pytest.raises(Refusal, match="has format 2; this version reads format 1"):
+    rewrite(file, card=WHOLE | {"format": 3})
+    with pytest.raises(Refusal, match="has format 3; this version reads formats 1 and 2"):
         read_adapter(file)
 
 

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model.adapter import attach, load_lora, read_adapter
+from model.adapter import ENCODER, attach, load_lora, read_adapter, write_adapter
 from model.light.encoder import TorchEncoder
 from model.light.segmenter import LadderState
-from model.light.tail import ENCODER, TAIL_LAYERS, moved_by
+from model.light.tail import TAIL_LAYERS, moved_by
 from model.metrics import iou
 from model.segmenter import BUNDLED, load_segmenter, predict
 from model.types import Click, Granularity, Prompt, Refusal
@@ -143,6 +145,50 @@ def test_no_more_images_are_kept_than_said(segmenter, adapters, scene, monkeypat
     torch.testing.assert_close(ladder.sees(images[0]), embeddings[0], atol=0, rtol=0)
 
 
+def test_readers_of_the_first_format_are_told_and_unknown_branches_refused(segmenter, adapters, tmp_path):
+    """Half of an adapter, a decoder trained for other embeddings, must not be served."""
+    formats = {name: json.loads(safe_open(path, "pt").metadata()["card"])["format"] for name, path in adapters.items()}
+    assert formats == {"none": 1, "still": 2, "moving": 2}
+    found = read_adapter(adapters["none"])
+    lora = found.lora | {"later": found.lora["level"]}
+    write_adapter(tmp_path / "later.safetensors", card=found.card, plain=found.plain, lora=lora)
+    with pytest.raises(Refusal, match="has a branch later, which this version does not know"):
+        segmenter.with_adapter(tmp_path / "later.safetensors")
+
+
+def test_a_compiled_tail_that_was_deleted_since_the_start_is_made_anew(adapters, tmp_path):
+    fast = load_segmenter("light", BUNDLED, device="cpu", encoder="fast", compiled=tmp_path)
+    shutil.rmtree(tmp_path)
+    assert fast.with_adapter(adapters["moving"]).adapter is not None
+
+
+def test_what_is_foreseen_is_seen_as_the_adapter_sees_it(segmenter, adapters, scene):
+    adapted, state = segmenter.with_adapter(adapters["moving"]), None
+    encoded = segmenter.encode(scene)
+    clicks = tuple(Click(x=x, y=y, positive=True) for x, y in ((490, 250), (488, 252), (492, 248), (494, 250)))
+    for n in range(1, 4):
+        state = adapted.step(encoded, Prompt(clicks=clicks[:n], granularity=Granularity(1)), state)
+    ready = adapted.foresee(encoded, Prompt(clicks=clicks[:3], granularity=Granularity(1)), state)
+    ahead = ready().ahead
+    answered = adapted.step(encoded, Prompt(clicks=clicks, granularity=Granularity(1)), state)
+    assert answered.look.focus == ahead.focus
+    torch.testing.assert_close(answered.look.adapted, ahead.adapted, atol=0, rtol=0)
+
+
+def test_threads_that_ask_several_adapters_at_once_get_what_they_get_alone(segmenter, adapters, scene, tmp_path):
+    fast = load_segmenter("light", BUNDLED, device="cpu", encoder="fast", compiled=tmp_path)
+    other = write_random_adapter(tmp_path / "other.safetensors", segmenter, seed=3, tail=0.05)
+    alone = [fast.with_adapter(path) for path in (*adapters.values(), other)]
+    together = [fast.with_adapter(path) for path in (*adapters.values(), other)]
+    images = [fast.encode(scene[:, shift:]) for shift in (0, 8)]
+    asked = [(n, image) for image in images for n in range(len(alone))]
+    expected = [alone[n].step(image, AT_ONCE, None).logits for n, image in asked]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda one: together[one[0]].step(one[1], AT_ONCE, None).logits, 3 * asked))
+    for ours, theirs in zip(found, 3 * expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_focus_is_seen_as_the_adapter_sees_it_and_counted_in_memory(segmenter, adapters, scene):
     encoded = segmenter.encode(scene)
     spots = ((490, 250), (488, 252), (492, 248), (494, 250))
@@ -174,6 +220,19 @@ def _widen(tensors):
     tensors[name] = torch.cat([tensors[name]] * 2, dim=1)
 
 
+def _turn(tensors):
+    """Swap what a layer reads and gives: as many numbers, and nonsense."""
+    name = f"lora.{ENCODER}.neck.0.lora_"
+    down, up = (tensors[f"{name}{side}.weight"] for side in "AB")
+    tensors[f"{name}A.weight"] = up.reshape(4, -1).contiguous()
+    tensors[f"{name}B.weight"] = down.reshape(-1, 4).contiguous()
+
+
+def _rename(tensors):
+    for name in [name for name in tensors if f".{ENCODER}." in name]:
+        tensors[name.replace(ENCODER, "neck")] = tensors.pop(name)
+
+
 def _spoil(tensors):
     tensors[f"lora.{ENCODER}.neck.0.lora_B.weight"][0, 0] = float("nan")
 
@@ -187,6 +246,8 @@ def _alone(tensors):
     [
         (_drop, "not of this encoder's tail: see neck.0; train it anew"),
         (_widen, "does not fit"),
+        (_turn, "does not fit neck.0"),
+        (_rename, "belongs to nothing"),
         (_spoil, "not finite"),
         (_alone, "does not fit"),
     ],

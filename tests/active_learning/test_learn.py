@@ -1,0 +1,31 @@
+"""Adapters between the one a training began from and what it made of it."""
+
+import pytest
+import torch
+
+from active_learning.learn import blended
+from model.adapter import ENCODER, read_adapter
+from model.light.adapter import LEVEL
+from model.light.tail import moved_by
+from tests.model.random_adapter import write_random_adapter
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_a_tail_that_its_parent_did_not_move_is_moved_by_a_share_of_what_was_learned(segmenter, tmp_path, share):
+    parent = write_random_adapter(tmp_path / "parent.safetensors", segmenter, seed=1)
+    trained = write_random_adapter(tmp_path / "trained.safetensors", segmenter, seed=2, tail=0.05)
+    candidate = read_adapter(blended(parent, trained, share, tmp_path / "candidate.safetensors"))
+    learned, found = moved_by(read_adapter(trained)), moved_by(candidate)
+    for name, delta in learned.items():
+        torch.testing.assert_close(found[name], share * delta)
+    old, new = (read_adapter(path).lora[LEVEL] for path in (parent, trained))
+    for name, value in candidate.lora[LEVEL].items():
+        torch.testing.assert_close(value, torch.lerp(old[name], new[name], share))
+
+
+def test_between_two_that_move_it_lie_the_means_of_their_matrices(segmenter, tmp_path):
+    paths = [write_random_adapter(tmp_path / f"{seed}.safetensors", segmenter, seed=seed, tail=0.05) for seed in (1, 2)]
+    candidate = read_adapter(blended(*paths, 0.5, tmp_path / "candidate.safetensors"))
+    old, new = (read_adapter(path).lora[ENCODER] for path in paths)
+    for name, value in candidate.lora[ENCODER].items():
+        torch.testing.assert_close(value, (old[name] + new[name]) / 2)
