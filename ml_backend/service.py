@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 CLICKED = "clicked"
 """File in the data folder that is touched at each click."""
 _STATE_BYTES = 128 * 2**20
-"""Of earlier steps, 1 to 1.4 MiB each; those with a focus, or one made ready, count its 2 MiB (4 where the adapter moves
-the encoder's tail), though they share it."""
+"""Of earlier steps, 1 to 1.4 MiB each; those with a focus, or one made ready, count its 2 MiB (4 where the adapter
+moves the encoder's tail), though they share it."""
 _WARM_QUEUE = 64  # images waiting to be encoded in the background
 _FORESEEN = 2  # clicks that are made ready for: one now, one next
 _LOAD_LIMIT_S = 90  # Label Studio gives up a prediction after 100 s

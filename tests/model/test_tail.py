@@ -150,7 +150,7 @@ def test_readers_of_the_first_format_are_told_and_unknown_branches_refused(segme
     formats = {name: json.loads(safe_open(path, "pt").metadata()["card"])["format"] for name, path in adapters.items()}
     assert formats == {"none": 1, "still": 2, "moving": 2}
     found = read_adapter(adapters["none"])
-    lora = found.lora | {"later": found.lora["level"]}
+    lora = found.lora | {"later": {name: value.clone() for name, value in found.lora["level"].items()}}
     write_adapter(tmp_path / "later.safetensors", card=found.card, plain=found.plain, lora=lora)
     with pytest.raises(Refusal, match="has a branch later, which this version does not know"):
         segmenter.with_adapter(tmp_path / "later.safetensors")
