@@ -40,7 +40,7 @@ from model.types import Refusal
 
 log = logging.getLogger(__name__)
 
-_PASSES = 25  # after which memory that is free is given back: it has to be had again, so not after each
+_PASSES = 12  # after which memory that is free is given back: it has to be had again, so not after each
 _VIEWS = "views"
 """Folder in a training's own that holds encoded crops."""
 
