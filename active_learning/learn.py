@@ -65,7 +65,7 @@ class LearningConfig:
     seed: int = 0
     checkpoint_every: int = 50  # steps
     many_masks: int = 200  # to learn from: held-out ones do not count, those merged of siblings do
-    replay_of_many: float = 0.2  # share of the lessons from that many masks on, instead of `replay`
+    replay_of_many: float = 0.3  # share of the lessons from that many masks on, instead of `replay`
     tail_of_many: bool = True  # whether the encoder's tail learns too, from that many masks on
     views: int = 2  # crops of each corrected photo, beside it, from that many masks on; fewer do not gain by them
     smallest_view: float = 0.6  # side of a crop, as a share of the photo's
