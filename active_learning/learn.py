@@ -57,7 +57,7 @@ class LearningConfig:
     replay: float = 0.5  # share of the lessons
     steps_per_mask: float = 4.0  # of the snapshot's masks
     fewest_steps: int = 160
-    most_steps: int = 1200
+    most_steps: int = 2400
     clicks: int = 3  # on the photo of a step; fewer where memory runs out
     blends: tuple[float, ...] = (0.5, 0.25)  # of what was learned in a candidate; the next where one loses too much
     learning_rate: float = 1e-3
