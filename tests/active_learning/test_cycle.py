@@ -308,7 +308,8 @@ def test_many_masks_are_learned_from_in_crops_too_which_are_counted_once_and_lea
         for work in trainings.folder.iterdir():
             crops.update(path.stem for path in work.glob("views/*/*/*.safetensors"))
 
-    ended = carry_out(place, trainings, config=many, pause=look)
+    ended = carry_out(place, trainings, config=many, pause=look, margins=SURE, limits=SERVED)
+    assert ended.state == "published"
     assert crops <= {photo.embedding for photo in seen if photo.view != PLAIN}
     assert crops
     assert not {path.stem for path in place.embeddings.glob("*/*/*.safetensors")} & crops
