@@ -136,7 +136,7 @@ class Settings(BaseSettings):
     )
     train_threads: int = Field(0, ge=0, description="CPU threads of a training; 0: half of the cores")
     train_memory_mb: int = Field(4096, ge=0, description="memory a training may hold while it learns; 0: no limit")
-    train_limit_minutes: float = Field(120, gt=0, description="time a training may take before it is judged")
+    train_limit_minutes: float = Field(180, gt=0, description="time a training may take before it is judged")
     train_too_few: Literal["ask", "publish"] = Field(
         "ask", description="too few held-out masks to judge by: ask the admin, or publish what loses nowhere else"
     )

@@ -128,6 +128,7 @@ def ensure_exported(folder: Path, file: str, write: Callable[..., None], *args: 
         os.replace(draft, folder)
     except OSError:
         if not (folder / file).is_file():  # else another process was sooner
-            raise
+            shutil.rmtree(folder, ignore_errors=True)  # what is left of an export
+            os.replace(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from model.adapter import ENCODER, AdapterFile, read_adapter
@@ -124,16 +125,23 @@ def load_ladder(path: Path, base: MaskDecoder, digest: str, tail: Callable[[Move
         phrase = _decoder(found, base, width, [LEVEL, PHRASE]) if PHRASE in found.lora else None
         vocabulary = _vocabulary(found) if phrase is not None else None
         moved = moved_by(found)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, Refusal):
             raise
         raise Refusal(f"adapter {path} does not fit the light family ({error}); train it anew") from error
+    try:
+        moving = None if moved is None else tail(moved)
+    except (ImportError, OSError, RuntimeError, SafetensorError) as error:
+        raise Refusal(
+            f"the encoder's tail cannot be made ready for adapter {path} ({error}); see that the weights file and "
+            "the folder of compiled networks can be read and written, then restart"
+        ) from error
     if phrase is not None:
         for name, part in level.named_children():
             if name != "transformer":
                 setattr(phrase, name, part)  # the same tensors: held once
     name = f"{path.stem}-{digest_of_file(path)[:8]}"
-    return LadderAdapter(name, level, phrase, vocabulary, None if moved is None else tail(moved))
+    return LadderAdapter(name, level, phrase, vocabulary, moving)
 
 
 def _decoder(found: AdapterFile, base: MaskDecoder, width: int, branches: list[str]) -> LadderDecoder:

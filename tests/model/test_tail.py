@@ -156,10 +156,22 @@ def test_readers_of_the_first_format_are_told_and_unknown_branches_refused(segme
         segmenter.with_adapter(tmp_path / "later.safetensors")
 
 
-def test_a_compiled_tail_that_was_deleted_since_the_start_is_made_anew(adapters, tmp_path):
+@pytest.mark.parametrize("lost", ["all of it", "tail.xml"])
+def test_a_compiled_tail_that_was_deleted_since_the_start_is_made_anew(adapters, tmp_path, lost):
     fast = load_segmenter("light", BUNDLED, device="cpu", encoder="fast", compiled=tmp_path)
-    shutil.rmtree(tmp_path)
+    if lost == "all of it":
+        shutil.rmtree(tmp_path)
+    else:
+        next(tmp_path.rglob(lost)).unlink()
     assert fast.with_adapter(adapters["moving"]).adapter is not None
+
+
+def test_a_tail_that_cannot_be_compiled_is_a_refusal_that_says_what_to_do(adapters, tmp_path):
+    fast = load_segmenter("light", BUNDLED, device="cpu", encoder="fast", compiled=tmp_path)
+    next(tmp_path.rglob("tail.xml")).write_text("not a network")
+    with pytest.raises(Refusal, match="tail cannot be made ready for adapter"):
+        fast.with_adapter(adapters["moving"])
+    assert fast.with_adapter(adapters["none"]).adapter is not None
 
 
 def test_what_is_foreseen_is_seen_as_the_adapter_sees_it(segmenter, adapters, scene):
