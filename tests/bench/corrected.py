@@ -3,7 +3,8 @@
 Everything a training does, without backend and Label Studio: photos in random order, of those that the hold-out rule
 lets be learned from, their masks corrected at their own level; then the robot clicks hold-out and reference set with
 the adapter that ships and with what was learned. On two cores a hundred corrections and 120 objects take some ten
-minutes; the same seed gives the same photos.
+minutes; the same seed gives the same photos. With --adapter nothing is learned: that file is measured, such as a
+version that a simulation published (`simulate --keep`).
 """
 
 from __future__ import annotations
@@ -73,10 +74,8 @@ def main(
 ) -> None:
     """Learn, measure, and print the figures; embeddings in `work` are used again."""
     found = clickable(read_annotations(data))
-    holdout = holdout_of(found)
-    replay, reference = bundled_sets()
-    segmenter = load_segmenter("light", BUNDLED, device=device)
-    assert isinstance(segmenter, LightSegmenter)
+    replay, _ = bundled_sets()
+    segmenter = _base(device)
     store, embeddings = ImageStore(work / "images"), work / "embeddings"
     snapshot = corrected(found, corrections, config.seed)
     wanted = {correction.image for correction in snapshot.corrections}
@@ -101,12 +100,29 @@ def main(
         )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"learned in {time.perf_counter() - began_s:.0f} s, {peak:.1f} GiB at most", flush=True)
-        sets = {f"hold-out of {found.name}": (holdout, objects), "reference set": (reference, _REFERENCE)}
-        before = {n: measured(segmenter, BUNDLED_ADAPTER, s, k, embeddings) for n, (s, k) in sets.items()}
-        for share in (config.blends[0], 1.0):
-            candidate = blended(BUNDLED_ADAPTER, trained, share, Path(folder) / "candidate.safetensors")
-            for name, (one, limit) in sets.items():
-                _compare(share, name, measured(segmenter, candidate, one, limit, embeddings), before[name])
+        candidates = {
+            f"blend {share:g}": blended(BUNDLED_ADAPTER, trained, share, Path(folder) / f"{share}.safetensors")
+            for share in (config.blends[0], 1.0)
+        }
+        _measure(segmenter, candidates, found, objects, embeddings)
+
+
+def _measure(
+    segmenter: LightSegmenter, candidates: dict[str, Path], found: AnnotationSet, objects: int, embeddings: Path
+) -> None:
+    """Click hold-out and reference set with the adapter that ships and each candidate, and print the figures."""
+    _, reference = bundled_sets()
+    sets = {f"hold-out of {found.name}": (holdout_of(found), objects), "reference set": (reference, _REFERENCE)}
+    before = {n: measured(segmenter, BUNDLED_ADAPTER, s, k, embeddings) for n, (s, k) in sets.items()}
+    for candidate, path in candidates.items():
+        for name, (one, limit) in sets.items():
+            _compare(candidate, name, measured(segmenter, path, one, limit, embeddings), before[name])
+
+
+def _base(device: Literal["cpu", "auto"]) -> LightSegmenter:
+    segmenter = load_segmenter("light", BUNDLED, device=device)
+    assert isinstance(segmenter, LightSegmenter)
+    return segmenter
 
 
 def _show(progress: Progress, began_s: float) -> None:
@@ -115,10 +131,10 @@ def _show(progress: Progress, began_s: float) -> None:
         print(f"  step {progress.step} of {progress.steps}, loss {loss:.3f}, {seconds:.0f} s", flush=True)
 
 
-def _compare(share: float, name: str, ours: Sequence[ObjectCurve], theirs: Sequence[ObjectCurve]) -> None:
+def _compare(candidate: str, name: str, ours: Sequence[ObjectCurve], theirs: Sequence[ObjectCurve]) -> None:
     found = compare(paired(candidate=ours, incumbent=theirs), np.random.default_rng(0), confidence=0.8)
     before, after = found.incumbent, found.candidate
-    print(f"blend {share:g}, {after.objects} objects of {name}:", end=" ")
+    print(f"{candidate}, {after.objects} objects of {name}:", end=" ")
     for at, change, values, misses in (
         ("85", found.noc85, (before.noc85, after.noc85), (before.misses85, after.misses85)),
         ("90", found.noc90, (before.noc90, after.noc90), (before.misses90, after.misses90)),
@@ -142,6 +158,7 @@ if __name__ == "__main__":
     parser.add_argument("--objects", type=int, default=120, help="of the hold-out, at most")
     parser.add_argument("--device", choices=("cpu", "auto"), default="cpu", help="auto: a GPU where there is one")
     parser.add_argument("--work", type=Path, help="keeps embeddings for the next time")
+    parser.add_argument("--adapter", type=Path, help="measure this file and learn nothing")
     parser.add_argument("--set", action="append", default=[], type=_changed, help="of the recipe: --set views=0")
     given = parser.parse_args()
     known, changes = [field.name for field in fields(LearningConfig)], dict(given.set)
@@ -150,4 +167,8 @@ if __name__ == "__main__":
     recipe = replace(LearningConfig(seed=given.seed), **changes)
     with tempfile.TemporaryDirectory() as place:
         work = given.work or Path(place)
+        if given.adapter is not None:
+            data, candidates = clickable(read_annotations(given.data)), {given.adapter.name: given.adapter}
+            _measure(_base(given.device), candidates, data, given.objects, work / "embeddings")
+            parser.exit()
         main(given.data, given.corrections, given.objects, recipe, work, device=given.device)
