@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import logging
+import math
 import os
 import re
 import resource
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import psutil
 import redis
 from rq import Queue, Worker
 from rq.exceptions import DuplicateJobError, StopRequested
@@ -58,6 +60,10 @@ _ROOM_MB = 128  # that the disk has to spare for checkpoints and a version, thri
 _FULL_S = 30.0
 _QUIET_S = 0.4  # without a click before training goes on
 _LONGEST_PAUSE_S = 3.0  # of one step
+_ALONE_S = 20.0  # without a click until a training takes more than half of the cores
+_LOOK_S = 5.0  # between looks at what others compute
+_BUSY = 0.5  # cores that others use, from which on it takes half of them
+_MOST_ALONE = 4  # threads of a training that is alone; more were not tried, unless they are half of the cores
 
 
 def line_of(settings: Settings, project: str | int) -> str:
@@ -233,6 +239,8 @@ def _is_full(settings: Settings, error: Exception) -> bool:
 
 
 def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingStatus) -> TrainingStatus:
+    import torch
+
     from active_learning.bundle import bundled_sets
     from active_learning.cycle import Limits, Workplace, run
     from active_learning.gate import Margins
@@ -243,13 +251,21 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
     from ml_backend.service import CLICKED
     from model.segmenter import BUNDLED_ADAPTER
 
+    data = settings.data_dir
     _take_in(settings, status)
     if settings.train_memory_mb:
         _limit_memory(settings.train_memory_mb * 2**20)
-    threads = settings.train_threads or max(1, (os.cpu_count() or 2) // 2)
+    patience = Patience(data / CLICKED)
+    cores = Cores(os.cpu_count() or 2)
+    threads = settings.train_threads or cores.beside
     segmenter = load_model(settings, adapter=None, device=settings.train_device, threads=threads)
     assert isinstance(segmenter, Trainable)
-    data = settings.data_dir
+
+    def pause() -> None:
+        patience.wait()
+        if not settings.train_threads:
+            torch.set_num_threads(cores.now(patience.quiet_s()))
+
     replay, reference = bundled_sets()
     with closing(CorrectionStore(data / "corrections.sqlite")) as store:
         return run(
@@ -275,7 +291,7 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
                 device=settings.train_device,
                 too_few=settings.train_too_few,
             ),
-            pause=Patience(data / CLICKED).wait,
+            pause=pause,
         )
 
 
@@ -335,14 +351,47 @@ class Patience:
     def wait(self) -> None:
         """Return when no click came for a moment, or when this was long enough."""
         until_s = time.monotonic() + _LONGEST_PAUSE_S
-        while time.monotonic() < until_s:
-            try:
-                quiet_s = time.time() - self._clicked.stat().st_mtime
-            except OSError:
-                return
-            if not 0 <= quiet_s < _QUIET_S:
-                return
+        while time.monotonic() < until_s and (quiet_s := self.quiet_s()) < _QUIET_S:
             time.sleep(_QUIET_S - quiet_s + 0.01)
+
+    def quiet_s(self) -> float:
+        """Return the seconds since the last click, infinite where there was none or the clock was set back."""
+        try:
+            quiet_s = time.time() - self._clicked.stat().st_mtime
+        except OSError:
+            return math.inf
+        return quiet_s if quiet_s >= 0 else math.inf
+
+
+class Cores:
+    """How many threads a training computes with: half of the cores beside others, more of them while it is alone.
+
+    Others are annotators, and whatever else keeps the cores busy: threads that share a core with other work wait for
+    each other most of the time.
+    """
+
+    def __init__(self, count: int, used_s: Callable[[], float] = lambda: _used_by_others_s()) -> None:
+        """Take the number of the machine's cores, and what says how many seconds of them others have used so far."""
+        self.beside = max(1, count // 2)
+        self._alone = max(self.beside, min(count, _MOST_ALONE))
+        self._used_s = used_s
+        self._seen = time.monotonic(), used_s()
+        self._busy = True
+
+    def now(self, quiet_s: float) -> int:
+        """Return the threads to take now, given the seconds since somebody clicked."""
+        (before_s, used_before_s), now_s = self._seen, time.monotonic()
+        if now_s - before_s >= _LOOK_S:
+            used_s = self._used_s()
+            self._busy = used_s - used_before_s > _BUSY * (now_s - before_s)
+            self._seen = now_s, used_s
+        return self.beside if self._busy or quiet_s < _ALONE_S else self._alone
+
+
+def _used_by_others_s() -> float:
+    """Return the seconds that other processes have computed on all cores since the machine began."""
+    cores, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    return float(cores.user + getattr(cores, "nice", 0.0) + cores.system - own.user - own.system)
 
 
 def _note_memory(settings: Settings, line: str, most_mb: float) -> None:

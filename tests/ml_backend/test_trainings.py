@@ -1,5 +1,6 @@
 """Trainings through a real Redis and a real worker: asked for, carried out, killed, gone on with."""
 
+import math
 import os
 import re
 import signal
@@ -22,7 +23,19 @@ from ml_backend.jobs import connect
 from ml_backend.queues import look
 from ml_backend.readiness import why_no_trainings
 from ml_backend.settings import Settings
-from ml_backend.trainings import TRAINING, Patience, _Worker, folder_of, line_of, request, requeue, train, why_not
+from ml_backend.trainings import (
+    TRAINING,
+    Cores,
+    Patience,
+    _used_by_others_s,
+    _Worker,
+    folder_of,
+    line_of,
+    request,
+    requeue,
+    train,
+    why_not,
+)
 from tests.active_learning.test_cycle import fill
 from tests.conftest import ROOT
 from tests.ml_backend.conftest import wait_until
@@ -166,6 +179,49 @@ def test_training_waits_while_somebody_clicks_but_not_forever(tmp_path):
     began_s = time.monotonic()
     Patience(clicked).wait()
     assert time.monotonic() - began_s < 0.1
+
+
+def test_the_last_click_is_told_by_its_age(tmp_path):
+    clicked = tmp_path / "clicked"
+    assert Patience(clicked).quiet_s() == math.inf
+    clicked.touch()
+    os.utime(clicked, (time.time() - 90,) * 2)
+    assert Patience(clicked).quiet_s() == pytest.approx(90, abs=5)
+    os.utime(clicked, (time.time() + 3600,) * 2)
+    assert Patience(clicked).quiet_s() == math.inf
+
+
+@pytest.mark.parametrize(("count", "beside", "alone"), [(1, 1, 1), (2, 1, 2), (4, 2, 4), (6, 3, 4), (16, 8, 8)])
+def test_a_training_that_is_alone_takes_more_than_half_of_few_cores(monkeypatch, count, beside, alone):
+    monkeypatch.setattr("ml_backend.trainings._LOOK_S", 0.0)
+    used_s = 0.0
+    cores = Cores(count, lambda: used_s)
+    assert cores.now(math.inf) == alone
+    assert cores.now(3.0) == beside  # somebody clicked three seconds ago
+    assert cores.now(100.0) == alone
+    used_s += 60.0
+    assert cores.now(math.inf) == beside  # others compute
+    assert cores.now(math.inf) == alone  # and do so no more
+
+
+def test_a_training_begins_beside_others_until_it_has_looked():
+    assert Cores(2, lambda: 0.0).now(math.inf) == 1
+
+
+def test_what_others_compute_is_seen_and_what_the_training_computes_is_not():
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        before_s = _used_by_others_s()
+        time.sleep(4)
+        assert _used_by_others_s() - before_s > 1.0
+    finally:
+        busy.kill()
+        busy.wait()
+    own_s, began_s, before_s = time.process_time(), time.monotonic(), _used_by_others_s()
+    while time.process_time() - own_s < 2:
+        pass
+    idle_s = (os.cpu_count() or 1) * (time.monotonic() - began_s) - 2
+    assert _used_by_others_s() - before_s <= idle_s + 0.5  # all that the other cores could do
 
 
 def test_a_training_is_carried_out_although_its_process_is_killed(settings, connection, segmenter):
