@@ -1,8 +1,8 @@
 """Fine-tuning: an adapter that serves and a snapshot of corrections to candidates, of the family that serves.
 
-The level branch learns, and with many corrections the encoder's tail; the phrase branch's LoRA is handed on as it is.
-Lessons are drawn from the corrections and from the replay set, a slice of what the shipped adapter was trained on, so
-that nothing is forgotten: half of them each, and more from the corrections where these are many.
+The level branch learns, and the encoder's tail; the phrase branch's LoRA is handed on as it is. Lessons are drawn from
+the corrections, their photos seen whole and in crops, and from the replay set, a slice of what the shipped adapter was
+trained on, so that nothing is forgotten.
 
 A candidate's weights lie between the parent's and the trained ones (`blended`): half of the way keeps most of what was
 won, and forgets far less (docs/experiments.md).
@@ -54,8 +54,8 @@ AnyCourse = TypeVar("AnyCourse", bound=Course)
 class LearningConfig:
     """How corrections are learned from; every value is part of a version's card."""
 
-    replay: float = 0.5  # share of the lessons
-    steps_per_mask: float = 4.0  # of the snapshot's masks
+    replay: float = 0.3  # share of the lessons
+    steps_per_mask: float = 4.0  # of the corrected masks; those merged of siblings do not count
     fewest_steps: int = 160
     most_steps: int = 2400
     clicks: int = 3  # on the photo of a step; fewer where memory runs out
@@ -64,28 +64,14 @@ class LearningConfig:
     head_learning_rate: float = 5e-4
     seed: int = 0
     checkpoint_every: int = 50  # steps
-    many_masks: int = 200  # to learn from: held-out ones do not count, those merged of siblings do
-    replay_of_many: float = 0.3  # share of the lessons from that many masks on, instead of `replay`
-    tail_of_many: bool = True  # whether the encoder's tail learns too, from that many masks on
-    views: int = 2  # crops of each corrected photo, beside it, from that many masks on; fewer do not gain by them
+    tail: bool = True  # whether the encoder's tail learns too; it always does where the parent moves it
+    views: int = 2  # crops of each corrected photo, beside it
     smallest_view: float = 0.6  # side of a crop, as a share of the photo's
 
     def photos(self, found: AnnotationSet) -> list[TrainingPhoto]:
-        """Return what is learned from in a set of corrections, in several views where there are many."""
-        crops = self.views if sum(len(image.masks) for image in found.images) >= self.many_masks else 0
-        views = partial(views_of, further=crops, smallest=self.smallest_view, seed=self.seed)
+        """Return what is learned from in a set of corrections: its photos, and crops of them."""
+        views = partial(views_of, further=self.views, smallest=self.smallest_view, seed=self.seed)
         return photos_of(found, views, stated=True)
-
-    def groups(
-        self, photos: Sequence[TrainingPhoto], replay: Sequence[TrainingPhoto]
-    ) -> list[tuple[float, Sequence[TrainingPhoto]]]:
-        """Return the photos of corrections and of the replay set, each with its share of the lessons."""
-        share = self.replay_of_many if self.are_many(photos) else self.replay
-        return [(1 - share, photos), (share, replay)]
-
-    def are_many(self, photos: Sequence[TrainingPhoto]) -> bool:
-        """Return whether the photos of corrections hold so many masks that more is learned from them."""
-        return _masks_of(photos) >= self.many_masks
 
     def training(self, masks: int, *, rank: int, alpha: int, device: str, precision: str) -> TrainingConfig:
         """Return how to train `light` on this many masks."""
@@ -121,7 +107,9 @@ class LearningConfig:
 
 
 def _masks_of(photos: Sequence[TrainingPhoto]) -> int:
-    return sum(len(photo.kinds) for photo in photos if photo.view == PLAIN)
+    """Return how many masks people corrected; those merged of siblings state no granularity."""
+    plain = [photo for photo in photos if photo.view == PLAIN]
+    return sum(mask.granularity is not None for photo in plain for mask in photo.drawn)
 
 
 def graco_learning(device: str) -> LearningConfig:
@@ -129,11 +117,8 @@ def graco_learning(device: str) -> LearningConfig:
 
     So on a CPU there are few of them: ViT-B takes 10 to 40 s for each, of the time that a training may take.
     """
-    # what many masks change was tried with `light` alone
-    usual = LearningConfig()
-    config = replace(
-        usual, learning_rate=5e-4, most_steps=600, views=0, replay_of_many=usual.replay, tail_of_many=False
-    )
+    # crops and less replay were tried with `light` alone
+    config = LearningConfig(learning_rate=5e-4, most_steps=600, views=0, replay=0.5, tail=False)
     if _on_gpu(device):
         return replace(config, clicks=4)
     return replace(config, steps_per_mask=1.0, fewest_steps=40, most_steps=60, clicks=2, checkpoint_every=5)
@@ -181,7 +166,7 @@ def learn(
     if not photos:
         raise Refusal("no corrected mask is large enough to learn from")
     found = read_adapter(parent, base=segmenter.digest)
-    masks, groups = _masks_of(photos), config.groups(photos, replay)
+    masks, groups = _masks_of(photos), [(1 - config.replay, photos), (config.replay, replay)]
     recipe = f"{card.get('snapshot')} from {digest_of_file(parent)}"
     known: dict[str, Any] = {"rank": found.card["rank"], "alpha": found.card["alpha"], "device": device}
     watched: dict[str, Any] = {"recipe": recipe, "before_step": before_step, "report": report}
@@ -194,7 +179,7 @@ def learn(
         plain, lora = _as_memory_allows(course, teach_graco, folder)
     else:
         course = config.training(masks, precision=precision, **known)
-        with_tail = ENCODER in found.lora or (config.tail_of_many and config.are_many(photos))
+        with_tail = config.tail or ENCODER in found.lora
         watched["recipe"] += " and the encoder's tail" if with_tail else ""
         teach_light = partial(_teach_light, segmenter, embeddings, found, groups, folder, watched, with_tail)
         plain, lora = _as_memory_allows(course, teach_light, folder)
