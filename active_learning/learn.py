@@ -55,7 +55,7 @@ class LearningConfig:
     """How corrections are learned from; every value is part of a version's card."""
 
     replay: float = 0.3  # share of the lessons
-    steps_per_mask: float = 4.0  # of the corrected masks; those merged of siblings do not count
+    steps_per_mask: float = 3.5  # of the corrected masks; those merged of siblings do not count
     fewest_steps: int = 160
     most_steps: int = 2400
     clicks: int = 3  # on the photo of a step; fewer where memory runs out

@@ -60,7 +60,7 @@ _ROOM_MB = 128  # that the disk has to spare for checkpoints and a version, thri
 _FULL_S = 30.0
 _QUIET_S = 0.4  # without a click before training goes on
 _LONGEST_PAUSE_S = 3.0  # of one step
-_ALONE_S = 20.0  # without a click until a training takes more than half of the cores
+_ALONE_S = 10.0  # without a click until a training takes more than half of the cores
 _LOOK_S = 5.0  # between looks at what others compute
 _BUSY = 0.5  # cores that others use, from which on it takes half of them
 _MOST_ALONE = 4  # threads of a training that is alone; more were not tried, unless they are half of the cores
@@ -257,7 +257,7 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
         _limit_memory(settings.train_memory_mb * 2**20)
     patience = Patience(data / CLICKED)
     cores = Cores(os.cpu_count() or 2)
-    threads = settings.train_threads or cores.beside
+    threads = settings.train_threads or cores.alone  # of the encoder, whose threads do not wait for each other
     segmenter = load_model(settings, adapter=None, device=settings.train_device, threads=threads)
     assert isinstance(segmenter, Trainable)
 
@@ -373,7 +373,7 @@ class Cores:
     def __init__(self, count: int, used_s: Callable[[], float] = lambda: _used_by_others_s()) -> None:
         """Take the number of the machine's cores, and what says how many seconds of them others have used so far."""
         self.beside = max(1, count // 2)
-        self._alone = max(self.beside, min(count, _MOST_ALONE))
+        self.alone = max(self.beside, min(count, _MOST_ALONE))
         self._used_s = used_s
         self._seen = time.monotonic(), used_s()
         self._busy = True
@@ -385,7 +385,7 @@ class Cores:
             used_s = self._used_s()
             self._busy = used_s - used_before_s > _BUSY * (now_s - before_s)
             self._seen = now_s, used_s
-        return self.beside if self._busy or quiet_s < _ALONE_S else self._alone
+        return self.beside if self._busy or quiet_s < _ALONE_S else self.alone
 
 
 def _used_by_others_s() -> float:
