@@ -1,8 +1,8 @@
 """Fine-tuning: an adapter that serves and a snapshot of corrections to candidates, of the family that serves.
 
-The level branch learns, and the encoder's tail; the phrase branch's LoRA is handed on as it is. Lessons are drawn from
-the corrections, their photos seen whole and in crops, and from the replay set, a slice of what the shipped adapter was
-trained on, so that nothing is forgotten.
+The level branch learns, and in `light` the encoder's tail; the phrase branch's LoRA is handed on as it is. Lessons are
+drawn from the corrections (of `light` the photos are seen in crops as well), and from the replay set, a slice of what
+the shipped adapter was trained on, so that nothing is forgotten.
 
 A candidate's weights lie between the parent's and the trained ones (`blended`): half of the way keeps most of what was
 won, and forgets far less (docs/experiments.md).
@@ -54,7 +54,7 @@ AnyCourse = TypeVar("AnyCourse", bound=Course)
 class LearningConfig:
     """How corrections are learned from; every value is part of a version's card."""
 
-    replay: float = 0.3  # share of the lessons
+    replay: float = 0.375  # share of the lessons
     steps_per_mask: float = 3.5  # of the corrected masks; those merged of siblings do not count
     fewest_steps: int = 160
     most_steps: int = 2400
@@ -117,8 +117,8 @@ def graco_learning(device: str) -> LearningConfig:
 
     So on a CPU there are few of them: ViT-B takes 10 to 40 s for each, of the time that a training may take.
     """
-    # crops and less replay were tried with `light` alone
-    config = LearningConfig(learning_rate=5e-4, most_steps=600, views=0, replay=0.5, tail=False)
+    # crops, fewer steps and less replay were tried with `light` alone
+    config = LearningConfig(learning_rate=5e-4, steps_per_mask=4.0, most_steps=600, views=0, replay=0.5, tail=False)
     if _on_gpu(device):
         return replace(config, clicks=4)
     return replace(config, steps_per_mask=1.0, fewest_steps=40, most_steps=60, clicks=2, checkpoint_every=5)
@@ -166,7 +166,7 @@ def learn(
     if not photos:
         raise Refusal("no corrected mask is large enough to learn from")
     found = read_adapter(parent, base=segmenter.digest)
-    masks, groups = _masks_of(photos), [(1 - config.replay, photos), (config.replay, replay)]
+    masks, groups = _masks_of(photos), _groups(config, photos, replay)
     recipe = f"{card.get('snapshot')} from {digest_of_file(parent)}"
     known: dict[str, Any] = {"rank": found.card["rank"], "alpha": found.card["alpha"], "device": device}
     watched: dict[str, Any] = {"recipe": recipe, "before_step": before_step, "report": report}
@@ -191,6 +191,11 @@ def learn(
 
 
 Groups = Sequence[tuple[float, Sequence[TrainingPhoto]]]
+
+
+def _groups(config: LearningConfig, photos: Sequence[TrainingPhoto], replay: Sequence[TrainingPhoto]) -> Groups:
+    """Return photos of corrections and of the replay set, each with its share of the lessons."""
+    return [(1 - config.replay, photos), (config.replay, replay)]
 
 
 def _teach_light(

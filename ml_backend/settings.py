@@ -135,7 +135,10 @@ class Settings(BaseSettings):
         "cpu", description="where trainings run: cpu, or auto: a GPU if there is one"
     )
     train_threads: int = Field(
-        0, ge=0, description="CPU threads of a training; 0: half of the cores, up to 4 while nobody clicks"
+        0,
+        ge=0,
+        description="CPU threads of a training; 0: half of the cores, of fewer than 8 up to 4 while nobody clicks or "
+        "computes. Set it where a quota gives fewer cores than the machine has",
     )
     train_memory_mb: int = Field(4096, ge=0, description="memory a training may hold while it learns; 0: no limit")
     train_limit_minutes: float = Field(180, gt=0, description="time a training may take before it is judged")

@@ -257,7 +257,7 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
         _limit_memory(settings.train_memory_mb * 2**20)
     patience = Patience(data / CLICKED)
     cores = Cores(os.cpu_count() or 2)
-    threads = settings.train_threads or cores.alone  # of the encoder, whose threads do not wait for each other
+    threads = settings.train_threads or cores.beside
     segmenter = load_model(settings, adapter=None, device=settings.train_device, threads=threads)
     assert isinstance(segmenter, Trainable)
 
@@ -363,6 +363,12 @@ class Patience:
         return quiet_s if quiet_s >= 0 else math.inf
 
 
+def _used_by_others_s() -> float:
+    """Return the seconds that other processes have computed on all cores since the machine began."""
+    cores, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    return float(cores.user + getattr(cores, "nice", 0.0) + cores.system - own.user - own.system)
+
+
 class Cores:
     """How many threads a training computes with: half of the cores beside others, more of them while it is alone.
 
@@ -370,10 +376,10 @@ class Cores:
     each other most of the time.
     """
 
-    def __init__(self, count: int, used_s: Callable[[], float] = lambda: _used_by_others_s()) -> None:
+    def __init__(self, count: int, used_s: Callable[[], float] = _used_by_others_s) -> None:
         """Take the number of the machine's cores, and what says how many seconds of them others have used so far."""
         self.beside = max(1, count // 2)
-        self.alone = max(self.beside, min(count, _MOST_ALONE))
+        self._alone = max(self.beside, min(count, _MOST_ALONE))
         self._used_s = used_s
         self._seen = time.monotonic(), used_s()
         self._busy = True
@@ -385,13 +391,7 @@ class Cores:
             used_s = self._used_s()
             self._busy = used_s - used_before_s > _BUSY * (now_s - before_s)
             self._seen = now_s, used_s
-        return self.beside if self._busy or quiet_s < _ALONE_S else self.alone
-
-
-def _used_by_others_s() -> float:
-    """Return the seconds that other processes have computed on all cores since the machine began."""
-    cores, own = psutil.cpu_times(), psutil.Process().cpu_times()
-    return float(cores.user + getattr(cores, "nice", 0.0) + cores.system - own.user - own.system)
+        return self.beside if self._busy or quiet_s < _ALONE_S else self._alone
 
 
 def _note_memory(settings: Settings, line: str, most_mb: float) -> None:

@@ -296,7 +296,7 @@ def test_photos_are_learned_from_in_crops_too_which_are_counted_once_and_leave_n
     fill(place.store, place.images, photos=8, siblings=True)
     found = of_split(annotated(place.store.snapshot("3"), place.images), TRAIN)
     assert {len(image.masks) for image in found.images} == {5}, "four, and two of them merged"
-    shipped = replace(LearningConfig(), fewest_steps=10, most_steps=10, clicks=1, checkpoint_every=1)
+    shipped = LearningConfig(fewest_steps=10, most_steps=10, clicks=1, checkpoint_every=1)
     seen = shipped.photos(found)
     assert len(seen) == 3 * len(found.images)
     assert [photo.view for photo in seen] == [photo.view for photo in shipped.photos(found)], "a second attempt goes on"
@@ -401,6 +401,8 @@ TAUGHT = LearningConfig(
     learning_rate=1e-2,
     head_learning_rate=5e-3,
     blends=(1.0,),
+    tail=False,
+    views=0,
 )
 
 

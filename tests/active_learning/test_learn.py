@@ -1,9 +1,11 @@
-"""Adapters between the one a training began from and what it made of it."""
+"""Adapters between the one a training began from and what it made of it; from what lessons are drawn."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from active_learning.learn import blended
+from active_learning.learn import LearningConfig, _groups, blended, graco_learning
 from model.adapter import ENCODER, read_adapter
 from model.light.adapter import LEVEL
 from model.light.tail import moved_by
@@ -29,3 +31,11 @@ def test_between_two_that_move_it_lie_the_means_of_their_matrices(segmenter, tmp
     old, new = (read_adapter(path).lora[ENCODER] for path in paths)
     for name, value in candidate.lora[ENCODER].items():
         torch.testing.assert_close(value, (old[name] + new[name]) / 2)
+
+
+def test_lessons_of_light_are_mostly_corrections_and_of_graco_half():
+    photos, replay = [SimpleNamespace()], [SimpleNamespace()]
+    share = LearningConfig().replay
+    assert 0.25 < share < 0.5
+    assert _groups(LearningConfig(), photos, replay) == [(1 - share, photos), (share, replay)]
+    assert _groups(graco_learning("cpu"), photos, replay) == [(0.5, photos), (0.5, replay)]

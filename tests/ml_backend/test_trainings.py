@@ -10,8 +10,10 @@ import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rq import Queue, Worker
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
@@ -27,6 +29,7 @@ from ml_backend.trainings import (
     TRAINING,
     Cores,
     Patience,
+    _carry_out,
     _used_by_others_s,
     _Worker,
     folder_of,
@@ -208,20 +211,42 @@ def test_a_training_begins_beside_others_until_it_has_looked():
     assert Cores(2, lambda: 0.0).now(math.inf) == 1
 
 
-def test_what_others_compute_is_seen_and_what_the_training_computes_is_not():
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+def test_what_the_training_computes_is_none_of_what_others_do(monkeypatch):
+    cores = SimpleNamespace(user=50.0, nice=20.0, system=5.0, idle=1000.0, iowait=7.0)
+    own = SimpleNamespace(cpu_times=lambda: SimpleNamespace(user=30.0, system=1.0))
+    monkeypatch.setattr("psutil.cpu_times", lambda: cores)
+    monkeypatch.setattr("psutil.Process", lambda: own)
+    assert _used_by_others_s() == 44.0
+
+
+def test_what_another_process_computes_is_seen():
+    before_s = _used_by_others_s()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 2: pass"], check=True)
+    assert _used_by_others_s() - before_s > 1.5
+
+
+@pytest.mark.parametrize(("setting", "seen"), [(0, [1, 2]), (3, [3, 3])])
+def test_a_training_computes_with_the_threads_that_it_may_take(settings, monkeypatch, setting, seen):
+    """The model is loaded with half of two cores, unless a number is set; a pause may give more."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("ml_backend.trainings.Cores.now", lambda self, quiet_s: 2)
+    monkeypatch.setattr("ml_backend.trainings._limit_memory", lambda wanted: None)
+    threads = []
+
+    def run(place, trainings, status, *, pause, **_):
+        threads.append(torch.get_num_threads())
+        pause()
+        threads.append(torch.get_num_threads())
+        return trainings.end(status, "cancelled", "a test")
+
+    monkeypatch.setattr("active_learning.cycle.run", run)
+    before = torch.get_num_threads()
     try:
-        before_s = _used_by_others_s()
-        time.sleep(4)
-        assert _used_by_others_s() - before_s > 1.0
+        trainings = folder_of(settings, "project-3")
+        _carry_out(settings.model_copy(update={"train_threads": setting}), trainings, trainings.ask("a test"))
     finally:
-        busy.kill()
-        busy.wait()
-    own_s, began_s, before_s = time.process_time(), time.monotonic(), _used_by_others_s()
-    while time.process_time() - own_s < 2:
-        pass
-    idle_s = (os.cpu_count() or 1) * (time.monotonic() - began_s) - 2
-    assert _used_by_others_s() - before_s <= idle_s + 0.5  # all that the other cores could do
+        torch.set_num_threads(before)
+    assert threads == seen
 
 
 def test_a_training_is_carried_out_although_its_process_is_killed(settings, connection, segmenter):
