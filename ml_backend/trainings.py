@@ -257,9 +257,10 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
         _limit_memory(settings.train_memory_mb * 2**20)
     patience = Patience(data / CLICKED)
     cores = Cores(os.cpu_count() or 2)
-    threads = settings.train_threads or cores.beside
+    threads = settings.train_threads or cores.alone  # of the encoder, which cannot change them
     segmenter = load_model(settings, adapter=None, device=settings.train_device, threads=threads)
     assert isinstance(segmenter, Trainable)
+    torch.set_num_threads(settings.train_threads or cores.beside)
 
     def pause() -> None:
         patience.wait()
@@ -379,7 +380,7 @@ class Cores:
     def __init__(self, count: int, used_s: Callable[[], float] = _used_by_others_s) -> None:
         """Take the number of the machine's cores, and what says how many seconds of them others have used so far."""
         self.beside = max(1, count // 2)
-        self._alone = max(self.beside, min(count, _MOST_ALONE))
+        self.alone = max(self.beside, min(count, _MOST_ALONE))
         self._used_s = used_s
         self._seen = time.monotonic(), used_s()
         self._busy = True
@@ -391,7 +392,7 @@ class Cores:
             used_s = self._used_s()
             self._busy = used_s - used_before_s > _BUSY * (now_s - before_s)
             self._seen = now_s, used_s
-        return self.beside if self._busy or quiet_s < _ALONE_S else self._alone
+        return self.beside if self._busy or quiet_s < _ALONE_S else self.alone
 
 
 def _note_memory(settings: Settings, line: str, most_mb: float) -> None:

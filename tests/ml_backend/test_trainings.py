@@ -227,7 +227,7 @@ def test_what_another_process_computes_is_seen():
 
 @pytest.mark.parametrize(("setting", "seen"), [(0, [1, 2]), (3, [3, 3])])
 def test_a_training_computes_with_the_threads_that_it_may_take(settings, monkeypatch, setting, seen):
-    """The model is loaded with half of two cores, unless a number is set; a pause may give more."""
+    """It begins with half of two cores, unless a number is set; a pause may give more."""
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr("ml_backend.trainings.Cores.now", lambda self, quiet_s: 2)
     monkeypatch.setattr("ml_backend.trainings._limit_memory", lambda wanted: None)
