@@ -2,8 +2,8 @@
 
 The backend runs as users run it, in processes of its own with a Redis, on an empty data folder. A robot clicks at each
 mask's own level until the answer is good or the annotator would take the brush, submits what it wanted as a webhook,
-presses Start Training now and then, and waits until the new version serves. Before and after, the robot counts its
-clicks on the photos that no training sees, and on the bundled reference set.
+labelled as the folder names it, presses Start Training now and then, and waits until the new version serves. Before and
+after, the robot counts its clicks on the photos that no training sees, and on the bundled reference set.
 
 Which photo comes next is random, or what `next_tasks` would have Label Studio show (`active`): scored anew after each
 training, by the version that serves. With `both` two teams work, each at a backend of its own, one after the other.
@@ -60,7 +60,7 @@ Json = dict[str, Any]
 Order = Literal["random", "active"]
 PROJECT = 1
 _LEVELS = tuple(level / 10 for level in range(1, 11))
-_CLASS = "Object"
+_CLASS = "Object"  # of what has no class of its own
 _USER = "simulated"
 _START_S = 180.0
 _TRAINING_S = 1800.0
@@ -231,14 +231,20 @@ class Worker:
 
     backend: Backend
     config: str
+    classes: frozenset[str] = frozenset()  # names of masks that are labels of `config`; all others are an Object
 
-    def click(self, task: Json, size: tuple[int, int], clicks: Sequence[Click], level: Granularity) -> tuple[Mask, str]:
+    def _label(self, mask: AnnotatedMask) -> str:
+        return mask.name if mask.name in self.classes else _CLASS
+
+    def click(
+        self, task: Json, size: tuple[int, int], clicks: Sequence[Click], level: Granularity, label: str = _CLASS
+    ) -> tuple[Mask, str]:
         """Return the mask that clicks at a level give, and its region's id.
 
         Raises:
             Refusal: there is no mask in the answer.
         """
-        result = [item for n, click in enumerate(clicks) for item in _click(n, click, size, level)]
+        result = [item for n, click in enumerate(clicks) for item in _click(n, click, size, level, label)]
         answer = self.backend.post(
             "/predict",
             {
@@ -276,7 +282,7 @@ class Worker:
             if click is None:
                 break
             clicks.append(click)
-            answer, region = self.click(task, (height, width), clicks, image.level_of(mask))
+            answer, region = self.click(task, (height, width), clicks, image.level_of(mask), self._label(mask))
             ious.append(iou(answer, truth))
             shown = shown or Shown(image=image, mask=mask, click=click, answer=answer)
         assert shown is not None, "a mask has a place to click at"
@@ -290,7 +296,7 @@ class Worker:
             result.append(
                 {
                     **{"original_width": truth.shape[1], "original_height": truth.shape[0], "image_rotation": 0},
-                    "value": {"format": "rle", "rle": brush.encode(truth), "brushlabels": [_CLASS]},
+                    "value": {"format": "rle", "rle": brush.encode(truth), "brushlabels": [self._label(mask)]},
                     **{
                         "id": region,
                         "from_name": "mask",
@@ -332,14 +338,14 @@ class Worker:
         raise Refusal(f"training {job} did not end within {_TRAINING_S / 60:.0f} minutes")
 
 
-def _click(number: int, click: Click, size: tuple[int, int], level: Granularity) -> list[Json]:
+def _click(number: int, click: Click, size: tuple[int, int], level: Granularity, label: str) -> list[Json]:
     """Return what the editor sends of one click: keypoint and level label under one id."""
     place = {"x": click.x / size[1] * 100, "y": click.y / size[0] * 100, "width": 0.35}
     common = {
         **{"original_width": size[1], "original_height": size[0], "image_rotation": 0},
         **{"is_positive": click.positive, "id": f"click{number:05}", "to_name": "image", "origin": "manual"},
     }
-    value = place | {"keypointlabels": [_CLASS]}
+    value = place | {"keypointlabels": [label]}
     return [
         common | {"value": value, "from_name": "click", "type": "keypointlabels"},
         common | {"value": place | {"labels": [f"{level.value:.1f}"]}, "from_name": "granularity", "type": "labels"},
@@ -389,7 +395,9 @@ def _team(
 ) -> list[Round]:
     _, reference = bundled_sets()
     with _photos([*work, *reference.images]) as photos, _running(data_dir, photos) as backend:
-        worker = Worker(backend=backend, config=make_config([_CLASS], levels=_LEVELS))
+        classes = {mask.name for image in work for mask in image.masks if mask.name}
+        config = make_config([*sorted(classes - {_CLASS}), _CLASS], levels=_LEVELS)
+        worker = Worker(backend=backend, config=config, classes=frozenset(classes))
 
         def measure(images: AnnotationSet, first: int) -> tuple[Scores, tuple[Shown, ...]]:
             tried = []

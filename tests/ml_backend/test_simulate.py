@@ -35,8 +35,9 @@ def test_a_team_annotates_trains_and_is_served_the_new_version(drawn, tmp_path, 
     assert rounds[1].state in ("published", "rejected")
     assert (rounds[0].version != rounds[1].version) == (rounds[1].state == "published")
     store = CorrectionStore(tmp_path / "data" / "active" / "corrections.sqlite")
-    counts = store.counts("1")
+    counts, corrections = store.counts("1"), store.snapshot("1").corrections
     store.close()
+    assert {one.label for one in corrections} == set(strip_masks()), "labelled as the folder names them"
     assert counts.corrections == 24
     assert counts.kinds["corrected"] + counts.kinds["accepted"] == 24, "regions carry the ids that were offered"
     report = write_report(tmp_path / "report.json", drawn, plan, arms)
