@@ -225,13 +225,18 @@ def test_what_another_process_computes_is_seen():
     assert _used_by_others_s() - before_s > 1.5
 
 
-@pytest.mark.parametrize(("setting", "seen"), [(0, [1, 2]), (3, [3, 3])])
+@pytest.mark.parametrize(("setting", "seen"), [(0, [2, 1, 2]), (3, [3, 3, 3])])
 def test_a_training_computes_with_the_threads_that_it_may_take(settings, monkeypatch, setting, seen):
-    """It begins with half of two cores, unless a number is set; a pause may give more."""
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr("ml_backend.trainings.Cores.now", lambda self, quiet_s: 2)
-    monkeypatch.setattr("ml_backend.trainings._limit_memory", lambda wanted: None)
+    """Its encoder has both of two cores; it begins with half of them, and a pause may give more; or as many as set."""
+    from active_learning import learn  # as the training finds it: another test may have loaded it anew
+
+    model = object.__new__(learn.LightSegmenter)
+    model._digest = "0" * 64
     threads = []
+
+    def load(settings, **how):
+        threads.append(how["threads"])
+        return model
 
     def run(place, trainings, status, *, pause, **_):
         threads.append(torch.get_num_threads())
@@ -239,6 +244,10 @@ def test_a_training_computes_with_the_threads_that_it_may_take(settings, monkeyp
         threads.append(torch.get_num_threads())
         return trainings.end(status, "cancelled", "a test")
 
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("ml_backend.trainings.Cores.now", lambda self, quiet_s: 2)
+    monkeypatch.setattr("ml_backend.trainings._limit_memory", lambda wanted: None)
+    monkeypatch.setattr("ml_backend.families.load_model", load)
     monkeypatch.setattr("active_learning.cycle.run", run)
     before = torch.get_num_threads()
     try:
