@@ -1,9 +1,9 @@
 """The levels between parts and their whole: sibling parts merged by their names, then by touch.
 
 Names make a tree when they are read from the end and their modifiers are taken away one by one: `front left door` and
-`back left door` are `left doors`, these and `right doors` are `doors`. A name that the parent has, too, tells no parts
-apart, as where all that people outline is an `Object`. What is left then grows together: of the siblings that touch,
-the two that make the smallest union merge, again and again, into levels without a name, up to the whole.
+`back left door` are `left doors`, these and `right doors` are `doors`. What is left then grows together: of the
+siblings that touch, the two that make the smallest union merge, again and again, into levels without a name, up to the
+whole.
 
 Source: the multi-grained mask trie of GraCo (README of 2025-01); the rules are our own.
 """
@@ -124,8 +124,7 @@ def merge_siblings(
             following += 1
             return _Node(union, [following - 1], name, strips)
 
-        names = {m.id: "" if m.name == parent.name else m.name for m in siblings}
-        nodes = _by_name([_Node(pixels[m.id], [m.id], names[m.id], _strips(names[m.id])) for m in siblings], join)
+        nodes = _by_name([_Node(pixels[m.id], [m.id], m.name, _strips(m.name)) for m in siblings], join)
         _by_touch(nodes, gap, join)
     return tuple(found.values())
 

@@ -60,7 +60,6 @@ def test_numbers_and_equal_names_merge_and_regions_without_a_name_do_not():
     assert named(merge_siblings(car("leg 1", "leg 2"), following=9)) == {"legs": {"leg 1", "leg 2"}}
     assert named(merge_siblings(car("wheel", "wheel"), following=9)) == {"wheels": {"wheel"}}
     assert named(merge_siblings(car("region", "region", "", ""), following=9)) == {}
-    assert named(merge_siblings(car("car", "car", "wheel", "wheel"), following=9)) == {"wheels": {"wheel"}}
 
 
 def test_touching_siblings_grow_together_up_to_the_whole_the_smallest_union_first():
