@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # who serves clicks shall not hold pycocotools and scipy in m
     from model.annotations import Rle
 
 Json = dict[str, Any]
-LevelSource = Literal["number", "label", "attribute", "draft", "default"]
+LevelSource = Literal["number", "label", "attribute", "draft"]
 
 MAX_SIDE = 100_000
 """Largest width and height of an image taken for one, in pixels."""
@@ -142,15 +142,13 @@ class Submitted:
 # --- reading ---
 
 
-def read_ask(
-    config: LabelConfig, task: Json, context: Json | None, *, default_granularity: Granularity | None
-) -> Ask | None:
+def read_ask(config: LabelConfig, task: Json, context: Json | None) -> Ask | None:
     """Return what was asked for, or None when nothing was clicked.
 
     Clicks count when they lie on the image (and page) of the newest one. Granularity: the newest click's per-region
     number, else its level label, else those of older clicks, newest first, else the `graco` attribute of a click's
-    label, else the per-task number of the newest draft, else `default_granularity`. A level label that asks for all
-    levels is one of them, and leaves the granularity out.
+    label, else the per-task number of the newest draft. A level label that asks for all levels is one of them, and
+    leaves the granularity out.
 
     Raises:
         Refusal: the request cannot be understood, names what the configuration or the task lacks, or holds too much.
@@ -177,7 +175,7 @@ def read_ask(
     width, height = _size(newest)
     clicks = [group for group in groups if group.kind == "keypoint"]
     boxes = [group for group in groups if group.kind == "rectangle"][-1:]
-    level = _level(config, groups, task, default_granularity)
+    level = _level(config, groups, task)
     return Ask(
         prompt=Prompt(
             clicks=tuple(_click(group, width, height) for group in clicks),
@@ -399,7 +397,7 @@ def _level_of(config: LabelConfig, group: _Group, slider: Json, answer: Answer |
     if answer is not None and answer.granularity is not None:
         return answer.granularity
     try:
-        return _level(config, [group], slider, None).value
+        return _level(config, [group], slider).value
     except Refusal:
         return None
 
@@ -642,7 +640,7 @@ class _Level:
     label: str | None = None
 
 
-def _level(config: LabelConfig, groups: Sequence[_Group], task: Json, default: Granularity | None) -> _Level:
+def _level(config: LabelConfig, groups: Sequence[_Group], task: Json) -> _Level:
     regions = {tag.name: tag.scale for tag in config.numbers if tag.per_region}
     levels = {tag.name: tag for tag in config.levels}
     for group in reversed(groups):
@@ -663,9 +661,7 @@ def _level(config: LabelConfig, groups: Sequence[_Group], task: Json, default: G
                 if value is not None:
                     return _Level(value, "attribute")
     drafted = _draft_number(config, task)
-    if drafted is not None:
-        return _Level(drafted, "draft")
-    return _Level(default.value, "default") if default else _Level(None, None)
+    return _Level(None, None) if drafted is None else _Level(drafted, "draft")
 
 
 def _attributes(config: LabelConfig) -> dict[tuple[str, str], float]:

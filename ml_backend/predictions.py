@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from ml_backend import logs, metrics
@@ -110,13 +110,7 @@ def _served(request: _Request, task: Json, make: Callable[[], Json]) -> Json:
 def _interactive(request: _Request, config: LabelConfig, task: Json, context: Json) -> Json:
     start = time.perf_counter()
     service = request.service
-    default = service.settings.default_granularity
-    ask = read_ask(
-        config,
-        task,
-        context,
-        default_granularity=None if default is None else Granularity.from_value(default),
-    )
+    ask = read_ask(config, task, context)
     if ask is None:  # the editor asks so by itself after each submit
         metrics.PREDICTIONS.labels("nothing_asked").inc()
         return empty_answer(request.model_version)
@@ -125,10 +119,12 @@ def _interactive(request: _Request, config: LabelConfig, task: Json, context: Js
     info = service.identify(image)
     check_size(info, ask.width, ask.height)
     segmenter = request.serving.segmenter
-    prompt = segmenter.understood(ask.prompt)
+    understood = segmenter.understood(ask.prompt)
+    prompt = _with_level(understood, ask, service.settings.default_granularity)
     proposals = MAX_PROPOSALS if ask.all_levels else service.settings.propose
     shaped = _shaped(service, segmenter, image, info, prompt, output.kind, proposals)
-    regions = _write(request, config, ask, output, info, shaped, phrase=prompt.phrase)
+    given = prompt.granularity in (None, understood.granularity)
+    regions = _write(request, config, ask, output, info, shaped, phrase=prompt.phrase, given=given)
     if not regions:
         raise Refusal("the model finds nothing at these clicks; click inside the object, or draw a box around it")
     service.foresee(segmenter, info, prompt)
@@ -146,6 +142,15 @@ def _interactive(request: _Request, config: LabelConfig, task: Json, context: Js
     )
     answered = answer(regions, max(one.score for one in shaped), request.model_version)
     return answered | _phrase_note(ask, segmenter, prompt)
+
+
+def _with_level(understood: Prompt, ask: Ask, default: float | None) -> Prompt:
+    """Return the prompt at the level to answer at: all were asked for, or one, or the operator's where nothing says."""
+    if ask.all_levels:
+        return replace(understood, granularity=None)
+    if default is None or understood.granularity is not None or understood.phrase is not None:
+        return understood
+    return replace(understood, granularity=Granularity.from_value(default))
 
 
 def _phrase_note(ask: Ask, segmenter: Segmenter, understood: Prompt) -> Json:
@@ -211,12 +216,17 @@ def _write(
     shaped: Sequence[Shaped],
     *,
     phrase: str | None = None,
+    given: bool = True,
 ) -> list[Json]:
-    """Return the regions of all proposals, and remember each one."""
+    """Return the regions of all proposals, and remember each one.
+
+    A level that the annotator did not give is neither written nor remembered: it says nothing of what was meant.
+    """
     prompt = json.dumps(asdict(ask.prompt))
     regions: list[Json] = []
     answers: list[Answer] = []
     for index, one in enumerate(shaped):
+        level = one.granularity if given else None
         written = write_regions(
             ask,
             config,
@@ -224,12 +234,12 @@ def _write(
             one.values,
             model_version=request.model_version,
             score=one.score,
-            granularity=one.granularity,
+            granularity=level,
             index=index,
         )
         regions += written
         ids = dict.fromkeys(region["id"] for region in written)  # in order, one for each value
-        granularity = one.granularity.value if one.granularity else ask.level
+        granularity = ask.level if level is None else level.value
         answers += [
             Answer(
                 region_id=region_id,

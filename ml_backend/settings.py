@@ -117,7 +117,9 @@ class Settings(BaseSettings):
     request_max_mb: int = Field(250, ge=1, description="largest request body accepted; drafts travel with each click")
 
     propose: int = Field(1, ge=1, description="proposals offered for one click without a level or phrase")
-    default_granularity: float | None = Field(None, ge=0, le=1, description="granularity when the annotator gave none")
+    default_granularity: float | None = Field(
+        None, ge=0, le=1, description="granularity of the answer when the annotator gave neither one nor a known phrase"
+    )
     prelabel: bool = Field(False, description="answer batch predictions with whole-image proposals instead of nothing")
     prelabel_limit_s: float = Field(60, gt=0, description="time for one batch prediction; Label Studio waits 100 s")
 

@@ -74,13 +74,13 @@ class LadderAdapter:
         """Return `prompt` with its phrase as a name that was trained, or without.
 
         A word for a part of something ("wheel") that is no such name is taken as what it says of granularity: the level
-        `PART`, unless the prompt has one; words before a name ("red traffic light") leave it that name. Any other
-        phrase that is no name and near none is left out.
+        `PART`, unless the prompt has one, also where it says of what ("wheel of the bus"); words before a name ("red
+        traffic light") leave it that name. Any other phrase that is no name and near none is left out.
         """
         if prompt.phrase is None:
             return prompt
         match = None if self.vocabulary is None else self.vocabulary.match(prompt.phrase)
-        if names_part(prompt.phrase) and (match is None or not _ends_with(prompt.phrase, match.name)):
+        if names_part(prompt.phrase) and (match is None or not _asks_for(prompt.phrase, match.name)):
             return replace(prompt, phrase=None, granularity=prompt.granularity or PART)
         return replace(prompt, phrase=None if match is None else match.name)
 
@@ -97,9 +97,13 @@ class LadderAdapter:
         return ladder
 
 
-def _ends_with(phrase: str, name: str) -> bool:
+def _asks_for(phrase: str, name: str) -> bool:
+    """Return whether a phrase is a name, or ends with it before any "of"; a final s does not matter."""
     cleaned = clean(phrase) or ""
-    return any(f" {words}".endswith(f" {name}") for words in (cleaned, f"{cleaned}s", cleaned.removesuffix("s")))
+    asked = cleaned.partition(" of ")[0]
+    if name in (cleaned, f"{cleaned}s", cleaned.removesuffix("s")):
+        return True
+    return any(f" {words}".endswith(f" {name}") for words in (asked, f"{asked}s", asked.removesuffix("s")))
 
 
 def load_ladder(path: Path, base: MaskDecoder, digest: str, tail: Callable[[Moved], Tail]) -> LadderAdapter:

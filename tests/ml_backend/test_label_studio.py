@@ -42,10 +42,10 @@ def recorded(number: int) -> dict:
     return json.loads(path.read_text())["body"]
 
 
-def asked(number: int, default: Granularity | None = None) -> Ask | None:
+def asked(number: int) -> Ask | None:
     body = recorded(number)
     config = read_config(body["label_config"])
-    return read_ask(config, body["tasks"][0], body["params"]["context"], default_granularity=default)
+    return read_ask(config, body["tasks"][0], body["params"]["context"])
 
 
 def click(
@@ -89,14 +89,12 @@ def phrase(item: dict, *texts: object) -> dict:
     return beside(item, "textarea", "phrase", labels=["Object"], text=list(texts))
 
 
-def read(
-    *items: object, config: LabelConfig = CONFIG, task: dict = TASK, default: Granularity | None = None
-) -> Ask | None:
-    return read_ask(config, task, {"result": list(items)}, default_granularity=default)
+def read(*items: object, config: LabelConfig = CONFIG, task: dict = TASK) -> Ask | None:
+    return read_ask(config, task, {"result": list(items)})
 
 
-def ask_of(*items: object, config: LabelConfig = CONFIG, task: dict = TASK, default: Granularity | None = None) -> Ask:
-    ask = read(*items, config=config, task=task, default=default)
+def ask_of(*items: object, config: LabelConfig = CONFIG, task: dict = TASK) -> Ask:
+    ask = read(*items, config=config, task=task)
     assert ask is not None
     return ask
 
@@ -139,7 +137,7 @@ def changed(item: dict, key: str, value: object) -> dict:
     ],
 )
 def test_a_recorded_request_is_read(fixture, clicks, granularity, source, label):
-    ask = asked(fixture, Granularity(6))
+    ask = asked(fixture)
     assert ask is not None
     assert (len(ask.prompt.clicks), ask.level, ask.level_source, ask.class_label) == (
         clicks,
@@ -207,7 +205,7 @@ def test_a_recorded_batch_asks_for_its_images():
 
 @pytest.mark.parametrize("context", [None, {}, {"result": None}, {"result": []}])
 def test_nothing_clicked_is_nothing_asked(context):
-    assert read_ask(CONFIG, TASK, context, default_granularity=None) is None
+    assert read_ask(CONFIG, TASK, context) is None
 
 
 def test_results_without_a_click_are_refused_and_beside_one_passed_over():
@@ -244,10 +242,10 @@ def test_the_label_of_the_newest_click_wins_over_the_number_of_an_older_one():
     assert (ask.level, ask.level_source, ask.level_label) == (0.1, "label", "0.1")
 
 
-def test_the_label_for_all_levels_leaves_the_granularity_out_and_the_default_too():
+def test_the_label_for_all_levels_leaves_the_granularity_out():
     one, two = click(), click(id="c2")
     config = read_config(make_config(["Object"]))
-    found = ask_of(one, level(one, "0.3"), two, level(two, "all"), config=config, default=Granularity(5))
+    found = ask_of(one, level(one, "0.3"), two, level(two, "all"), config=config)
     assert (found.all_levels, found.level, found.prompt.granularity, found.level_label) == (True, None, None, "all")
     back = ask_of(one, level(one, "all"), two, level(two, "0.3"), config=config)
     assert (back.all_levels, back.level) == (False, 0.3)
@@ -269,12 +267,6 @@ def test_a_number_from_1_to_10_is_a_tenth_of_it():
     assert ask_of(click(), number(click(), 3), config=read_config(xml)).level == 0.3
 
 
-def test_the_default_comes_last():
-    assert ask_of(click(), default=Granularity(4)).level_source == "default"
-    assert ask_of(click(), default=Granularity(4)).prompt.granularity == Granularity(4)
-    assert ask_of(click()).prompt.granularity is None
-
-
 def draft(updated: str, *numbers: float) -> dict:
     results = [{"type": "number", "from_name": "how", "value": {"number": n}} for n in numbers]
     return {"updated_at": updated, "result": [{"type": "brushlabels", "value": {"rle": [0]}}, *results]}
@@ -287,15 +279,15 @@ WITH_SLIDER = read_config(
 
 def test_a_number_of_the_task_is_read_from_the_newest_draft():
     task = TASK | {"drafts": [draft("2026-01-02", 0.2, 0.4), draft("2026-01-01", 0.9)]}
-    ask = ask_of(click(), config=WITH_SLIDER, task=task, default=Granularity(6))
+    ask = ask_of(click(), config=WITH_SLIDER, task=task)
     assert (ask.level, ask.level_source) == (0.4, "draft")
     assert ask_of(click(), level(click(), "0.1"), config=WITH_SLIDER, task=task).level == 0.1
 
 
 @pytest.mark.parametrize("drafts", [None, [], "drafts", [None], [{}], [{"result": None}], [{"result": [None]}]])
-def test_a_draft_that_says_nothing_leaves_the_default(drafts):
-    ask = ask_of(click(), config=WITH_SLIDER, task=TASK | {"drafts": drafts}, default=Granularity(6))
-    assert ask.level_source == "default"
+def test_a_draft_that_says_nothing_gives_no_level(drafts):
+    ask = ask_of(click(), config=WITH_SLIDER, task=TASK | {"drafts": drafts})
+    assert (ask.level, ask.level_source, ask.prompt.granularity) == (None, None, None)
 
 
 def test_drafts_are_not_looked_at_without_a_number_of_the_task():
@@ -304,7 +296,7 @@ def test_drafts_are_not_looked_at_without_a_number_of_the_task():
             assert key != "drafts"
             return super().get(key, default)
 
-    assert read_ask(CONFIG, Task(TASK), {"result": [click()]}, default_granularity=None) is not None
+    assert read_ask(CONFIG, Task(TASK), {"result": [click()]}) is not None
 
 
 # --- phrase ---
@@ -461,7 +453,7 @@ def test_a_number_that_is_no_granularity_is_refused(given):
 @pytest.mark.parametrize("context", [[], "x", 3, {"result": {}}, {"result": "x"}])
 def test_a_context_of_another_shape_is_refused(context):
     with pytest.raises(Refusal, match="expected"):
-        read_ask(CONFIG, TASK, context, default_granularity=None)
+        read_ask(CONFIG, TASK, context)
 
 
 @pytest.mark.parametrize("data", [None, {}, {"photo": "a.jpg"}, {"image": None}, {"image": ""}, {"image": ["a.jpg"]}])
@@ -534,7 +526,7 @@ def test_whatever_comes_is_read_or_refused(changes, other):
         )
     for context in ({"result": [item, level(click("two"), "0.5")]}, {"result": [item]}, {"result": other}, other):
         with suppress(Refusal):
-            read_ask(CONFIG, TASK, context, default_granularity=None)
+            read_ask(CONFIG, TASK, context)
     for kind in SHAPES:
         submitted(item | {"type": f"{kind}labels"}, item)
     shape_digest({"points": other})
@@ -708,7 +700,8 @@ def test_a_class_from_the_tasks_data_is_written_as_it_came():
 
 
 def test_a_level_of_another_source_is_written_as_the_nearest_label():
-    assert written(ask_of(click(), default=Granularity(8)))[1]["value"] == {"labels": ["0.7"]}
+    ask = ask_of(click(), config=WITH_SLIDER, task=TASK | {"drafts": [draft("2026-01-01", 0.8)]})
+    assert written(ask, config=WITH_SLIDER)[1]["value"] == {"labels": ["0.7"]}
     assert len(written(ask_of(click()))) == 1
 
 
@@ -721,8 +714,12 @@ def test_a_number_that_was_given_is_given_back():
 
 
 def test_without_a_level_tag_the_number_tag_gets_the_level():
-    config = read_config(make_config(["Object"], levels=()).replace('max="1"', 'max="10"'))
-    assert written(ask_of(click(), default=Granularity(3), config=config), config=config)[1]["value"] == {"number": 3}
+    slider = '<Number name="how" toName="image" min="0" max="1"/></View>\n'
+    config = read_config(
+        make_config(["Object"], levels=()).replace('max="1"', 'max="10"').replace("</View>\n", slider, 1)
+    )
+    ask = ask_of(click(), config=config, task=TASK | {"drafts": [draft("2026-01-01", 0.3)]})
+    assert written(ask, config=config)[1]["value"] == {"number": 3}
 
 
 def test_each_proposal_says_where_it_stands():
@@ -1058,7 +1055,7 @@ def test_a_drawing_that_is_no_click_is_refused_with_the_remedy(kind):
     drawn = {"id": "a", "type": kind, "from_name": "mask", "to_name": "image", "value": {"format": "rle", "rle": [1]}}
     config = read_config(make_config(["Object"]))
     with pytest.raises(Refusal, match='smart="false" on all others'):
-        read_ask(config, {"id": 1, "data": {"image": "/a"}}, {"result": [drawn]}, default_granularity=None)
+        read_ask(config, {"id": 1, "data": {"image": "/a"}}, {"result": [drawn]})
 
 
 def test_a_phrase_longer_than_a_phrase_is_refused():
@@ -1070,4 +1067,4 @@ def test_a_phrase_longer_than_a_phrase_is_refused():
         base | {"type": "textarea", "from_name": "phrase", "value": spot | {"text": ["wheel " * 100]}},
     ]
     with pytest.raises(Refusal, match="599 characters"):
-        read_ask(read_config(make_config(["Object"])), task, context, default_granularity=None)
+        read_ask(read_config(make_config(["Object"])), task, context)

@@ -154,7 +154,28 @@ def test_what_the_base_answers_is_remembered_as_the_bases(service):
 def test_a_default_level_is_used_when_none_was_chosen(make_service, service):
     coarse = make_service(default_granularity=1.0)
     chosen = one(service, ask(click(31, 40, level="1.0")))["result"][0]
-    assert one(coarse, ask(click(31, 40)))["result"][0]["value"] == chosen["value"]
+    answer = one(coarse, ask(click(31, 40)))
+    assert answer["result"][0]["value"] == chosen["value"]
+    assert levels_of(answer) == [], "the annotator chose none"
+    remembered = coarse.answers.find(masks_of(answer)[0]["id"])
+    assert remembered.granularity is None, "nothing is learned from a level that nobody gave"
+
+
+@pytest.mark.parametrize("typed", ["wheel", "wheel of the bus", "door handle"])
+def test_a_word_for_a_part_wins_over_the_default_level_and_offers_all_levels_where_they_are_asked_for(
+    make_service, typed
+):
+    coarse = make_service(default_granularity=1.0)
+    assert levels_of(one(coarse, phrased(typed))) == ["0.3"], "the label nearest to 0.2"
+    spot = click(*ON_THE_DOOR, level="all")
+    words = spot[0] | {"type": "textarea", "from_name": "phrase", "value": spot[0]["value"] | {"text": [typed]}}
+    assert_ladder(one(coarse, ask([*spot, words])))
+
+
+def test_a_known_phrase_wins_over_the_default_level(make_service, service):
+    typed = phrased(known_name(service))
+    (with_default,) = masks_of(one(make_service(default_granularity=1.0), typed))
+    assert with_default["value"] == masks_of(one(service, typed))[0]["value"]
 
 
 def phrased(text, level=None, region="c1"):

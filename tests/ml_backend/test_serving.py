@@ -287,9 +287,7 @@ def loaded(url):
 
 def asked_directly(segmenter, cache, body):
     """The mask that a version gives, and no service in between."""
-    read = read_ask(
-        *(read_config(body["label_config"]), body["tasks"][0], body["params"]["context"]), default_granularity=None
-    )
+    read = read_ask(*(read_config(body["label_config"]), body["tasks"][0], body["params"]["context"]))
     encoded = cache.get(digest_of(picture(*SIZES["chelsea"])))
     return predict(segmenter, encoded, segmenter.understood(read.prompt)).best.mask
 

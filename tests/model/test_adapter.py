@@ -367,11 +367,11 @@ def test_the_probability_is_over_a_half_exactly_where_the_mask_is(adapted, strip
 
 
 def test_a_word_for_a_part_asks_for_a_level_but_words_before_a_known_name_leave_it_that_name(adapted):
-    known = Vocabulary(["traffic light", "top", "heels"], load_phrase_encoder())
+    known = Vocabulary(["traffic light", "top", "heels", "bus", "car", "jacket"], load_phrase_encoder())
     adapter = LadderAdapter("drawn", adapted._adapter.level, None, known)
     for phrase, name in (("red traffic light", "traffic light"), ("tank top", "top"), ("high heel", "heels")):
         assert adapter.understood(at(1, 1, phrase=phrase)) == at(1, 1, phrase=name)
-    for phrase in ("wheel", "street light"):
+    for phrase in ("wheel", "street light", "wheel of the bus", "door of the car", "zipper of jacket"):
         assert adapter.understood(at(1, 1, phrase=phrase)) == at(1, 1, granularity=PART)
         own = at(1, 1, granularity=Granularity(7))
         assert adapter.understood(at(1, 1, phrase=phrase, granularity=own.granularity)) == own
