@@ -52,7 +52,8 @@ _brief.maxstring = _brief.maxother = 60
 _brief.maxlist = _brief.maxdict = 4
 _brief.maxlevel = 2
 _DECIMALS = 4  # of percent: a tenth of a pixel in an image of MAX_SIDE
-_SHAPES = {f"{kind}{suffix}" for kind in OUTPUT_KINDS for suffix in ("", "labels")}
+_WITH_MASK = (*OUTPUT_KINDS, "ellipse")
+_ELLIPSE = ("x", "y", "radiusX", "radiusY")
 _OTHER_REGIONS = ("brush", "bitmask", "polygon", "ellipse", "vector")
 
 
@@ -231,9 +232,9 @@ def read_corrections(
     received_s: float,
     max_pixels: int,
 ) -> Submitted:
-    """Return what an annotation says of masks: a region for every id with a brush, bitmask, polygon or rectangle.
+    """Return what an annotation says of masks: a region for every id that has one.
 
-    Results with one id are one region. Its level is that of the answer it came from, else a number or level label of
+    Results with one id are one region: a brush, bitmask, polygon, rectangle or ellipse; a line (`<Vector>`) is left out. Its level is that of the answer it came from, else a number or level label of
     its own, else the per-task number; its phrase is typed on it, else the one that was answered for. A box of a smart
     tag asks for a mask and is none, unless the image has no other tag. Nothing larger than an image of `max_pixels` is
     ever held.
@@ -263,8 +264,11 @@ def read_corrections(
     regions: list[SubmittedRegion] = []
     left_out: list[tuple[str, str]] = []
     for group in () if skipped else groups.values():
-        shape = next((item for item in group.items if _type(item) in _SHAPES), None)
+        kinds = {_type(item).removesuffix("labels"): item for item in reversed(group.items)}
+        shape = next((item for kind, item in kinds.items() if kind in _WITH_MASK), None)
         if shape is None:
+            if "vector" in kinds:
+                left_out.append((group.id, "it is a line, which has no mask; draw it as a polygon or by brush"))
             continue
         group.anchor = shape
         try:
@@ -374,6 +378,15 @@ def _mask(value: Json, height: int, width: int) -> Mask:
             (_number(x, "a point's x") / 100 * width, _number(y, "a point's y") / 100 * height) for x, y in points
         ]
         return outlines.from_polygon(scaled, height=height, width=width)
+    if "radiusX" in value:
+        x, y, across, down = (_number(value.get(key), f"{key} of the ellipse") for key in _ELLIPSE)
+        return outlines.from_ellipse(
+            (x / 100 * width, y / 100 * height),
+            (across / 100 * width, down / 100 * height),
+            height=height,
+            width=width,
+            rotation=_number(value.get("rotation") or 0, "rotation of the ellipse"),
+        )
     x, y, w, h = (_number(value.get(key), f"{key} of the rectangle") for key in ("x", "y", "width", "height"))
     left, top = x / 100 * width, y / 100 * height
     return outlines.from_rectangle(

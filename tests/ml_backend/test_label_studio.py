@@ -856,6 +856,33 @@ def test_every_kind_of_region_is_a_mask_of_the_image(kind):
     assert (one.kind, one.label, one.uri, one.proposed) == ("drawn", "Object", "/data/upload/3/cat.jpg", None)
 
 
+def test_an_ellipse_is_a_mask_too_and_is_turned_about_its_middle():
+    config = read_config(
+        make_config(["Object"]).replace(
+            "</View>\n", '<EllipseLabels name="e" toName="image"><Label value="Object"/></EllipseLabels></View>\n', 1
+        )
+    )
+    round_one = {"x": 50, "y": 50, "radiusX": 10, "radiusY": 100 / 3, "rotation": 0}  # of 2 and 4 pixels
+    mask = decode(only(submitted(region(round_one, kind="ellipse", from_name="e"), config=config)).mask)
+    assert mask.shape == (HEIGHT, WIDTH)
+    rows, columns = np.nonzero(mask)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (2, 9, 8, 11)
+    lying = round_one | {"rotation": 90}
+    turned = decode(only(submitted(region(lying, kind="ellipse", from_name="e"), config=config)).mask)
+    rows, columns = np.nonzero(turned)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 7, 6, 13)
+    empty = region(round_one | {"radiusX": 0}, kind="ellipse", from_name="e")
+    ((name, why),) = submitted(empty, config=config).left_out
+    assert name == "r1"
+    assert "empty" in why
+
+
+def test_a_line_is_left_out_with_the_reason():
+    found = submitted(region({"vertices": [{"x": 1, "y": 2}, {"x": 3, "y": 4}]}, kind="vector"))
+    assert found.regions == ()
+    assert "has no mask" in found.left_out[0][1]
+
+
 def test_a_turned_rectangle_is_turned_about_its_corner():
     turned = {"x": 50, "y": 0, "width": 50, "height": 25, "rotation": 90}  # 10 x 3 pixels, then 3 x 10
     config = read_config(make_config(["Object"], output="rectangle"))
