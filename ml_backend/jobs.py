@@ -2,8 +2,9 @@
 
 Two queues. `corrections`: events in the inbox are taken into the ledger, and unlabelled tasks are scored by a new
 version (`next_tasks`). `encode`: images of imported tasks are encoded ahead, so that the first click is warm. Redis
-holds nothing that only it knows: what is undone stands in the inbox, from where the worker queues it again. Redis gone
-means that corrections wait and that images are encoded at their first click; no request waits for it.
+holds nothing that only it knows: what is undone stands in the inbox, from where the worker queues it again; only an
+event on its way from another machine is nowhere else until the ledger's machine has written it. Redis gone means that
+corrections wait and that images are encoded at their first click; no request waits for it.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ CORRECTIONS = "corrections"
 ENCODE = "encode"
 _LIMIT_S = 120
 _KEEP_FAILED_S = 600  # its id is taken as long, and the image not tried again
+_RECEIVE = "receive-"  # begins the id of a job that brings an event of another machine
+_KEEP_RECEIVED_S = 30 * 86400  # an event of another machine that could not be written here: there is no other copy
 _INGEST_SPARE_S = 30  # of an event beyond the time to fetch its image
 _DRAIN_S = 30.0
 _SETTLE_S = 20.0  # an event that came so recently is on its way by itself
@@ -209,7 +212,7 @@ def send_events(settings: Settings, connection: redis.Redis, *, inbox: Inbox) ->
         event = inbox.read(key)
         if event is not None:
             args = [event.action, base64.b64encode(event.body).decode()]
-            _enqueue(to, receive, args, f"receive-{key}", limit_s=limit_s, keep_failed_s=60)
+            _enqueue(to, receive, args, f"{_RECEIVE}{key}", limit_s=limit_s, keep_failed_s=_KEEP_RECEIVED_S)
             inbox.done(key, note="handed over")
 
 
@@ -251,7 +254,9 @@ def enqueue_scores(settings: Settings, connection: redis.Redis) -> None:
 
 
 def drain(settings: Settings, connection: redis.Redis, *, inbox: Inbox, older_than_s: float = _SETTLE_S) -> int:
-    """Queue what the inbox holds undone and nobody is at; return how much it is.
+    """Queue what the inbox holds undone and nobody is at, and return how much it is.
+
+    Events of other machines that could not be written are tried again, too.
 
     Args:
         settings: the limits of a job.
@@ -264,6 +269,9 @@ def drain(settings: Settings, connection: redis.Redis, *, inbox: Inbox, older_th
     """
     requeue_abandoned(connection)
     to = _queue(CORRECTIONS, connection)
+    for job_id in to.failed_job_registry.get_job_ids(cleanup=False):
+        if job_id.startswith(_RECEIVE):
+            to.failed_job_registry.requeue(job_id)
     busy = {*to.get_job_ids(), *to.started_job_registry.get_job_ids(cleanup=False)}
     keys = [key for key in inbox.undone(_MOST_DRAINED, older_than_s) if f"ingest-{key}" not in busy]
     for key in keys:

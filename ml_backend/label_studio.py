@@ -234,10 +234,10 @@ def read_corrections(
 ) -> Submitted:
     """Return what an annotation says of masks: a region for every id that has one.
 
-    Results with one id are one region: a brush, bitmask, polygon, rectangle or ellipse; a line (`<Vector>`) is left out. Its level is that of the answer it came from, else a number or level label of
-    its own, else the per-task number; its phrase is typed on it, else the one that was answered for. A box of a smart
-    tag asks for a mask and is none, unless the image has no other tag. Nothing larger than an image of `max_pixels` is
-    ever held.
+    Results with one id are one region: a brush, bitmask, polygon, rectangle or ellipse; a line (`<Vector>`) is left
+    out. Its level is that of the answer it came from, else a number or level label of its own, else the per-task
+    number; its phrase is typed on it, else the one that was answered for. A box of a smart tag asks for a mask and is
+    none, unless the image has no other tag. Nothing larger than an image of `max_pixels` is ever held.
 
     Args:
         annotation: as webhooks and the API carry it, with its whole `result`.

@@ -8,14 +8,15 @@ from contextlib import ExitStack, closing
 
 import pytest
 import redis
-from rq import Queue
+from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 
 from active_learning.corrections import CorrectionStore
 from active_learning.registry import AdapterRegistry
 from active_learning.status import TrainingFolder
-from ml_backend import trainings
+from ml_backend import jobs, trainings
 from ml_backend.app import create_app
+from ml_backend.inbox import Inbox
 from ml_backend.jobs import CORRECTIONS
 from ml_backend.settings import Settings
 from tests.conftest import ROOT
@@ -121,6 +122,36 @@ def test_what_could_not_be_handed_over_waits_and_is_handed_over_when_redis_is_ba
         (job,) = queue.get_jobs()
         assert job.id == f"receive-{key}"
         assert "\n" not in job.args[1]
+
+
+def test_an_event_that_the_ledgers_machine_cannot_write_is_kept_until_it_can(
+    make_service, redis_url, tmp_path, monkeypatch
+):
+    chosen = {"shared_dir": tmp_path / "shared", "redis_url": redis_url}
+    away = make_service(ledger="elsewhere", data_dir=tmp_path / "away", **chosen)
+    body = json.dumps(submitted(ask(click(31, 40)), [], 5)).encode()
+    key = away.inbox.add(body, "ANNOTATION_CREATED")
+    away.hand_over.put(key)
+    wait_until(lambda: away.inbox.state(key) == "done", limit_s=20)
+
+    in_the_way = tmp_path / "keeper" / "inbox.sqlite"
+    in_the_way.mkdir(parents=True)
+    settings = Settings(data_dir=in_the_way.parent, **chosen)
+    for name, value in (("DATA_DIR", in_the_way.parent), ("SHARED_DIR", settings.shared), ("REDIS_URL", redis_url)):
+        monkeypatch.setenv(f"GRACO_{name}", str(value))
+    with redis.Redis.from_url(redis_url) as connection:
+        queue = Queue(CORRECTIONS, connection=connection, serializer=JSONSerializer)
+        worker = SimpleWorker([queue], connection=connection, serializer=JSONSerializer)
+        worker.work(burst=True)
+        assert queue.failed_job_registry.get_job_ids() == [f"receive-{key}"]
+        in_the_way.rmdir()
+        with closing(Inbox(in_the_way)) as inbox:
+            jobs.drain(settings, connection, inbox=inbox)
+            worker.work(burst=True)
+            assert inbox.state(key) == "done"
+            assert not queue.failed_job_registry.get_job_ids()
+    jobs._intake().close()
+    jobs._intake.cache_clear()
 
 
 def test_a_worker_beside_no_ledger_leaves_corrections_alone_and_a_trainer_does_not_start(
