@@ -187,6 +187,9 @@ def prepare() -> None:
 def label_config(
     classes: Annotated[list[str] | None, typer.Argument(help="class labels, such as: Car Wheel")] = None,
     output: Annotated[Output, typer.Option(help="kind of region a mask is answered as")] = Output.brush,
+    usual: Annotated[
+        str | None, typer.Option(help="what a click without a level gets: all (levels at once), or one, 0..1")
+    ] = None,
     check: Annotated[
         Path | None, typer.Option(help="check this labelling configuration instead of printing one")
     ] = None,
@@ -196,7 +199,7 @@ def label_config(
         if not classes:
             raise typer.BadParameter("name at least one class, or a file to check with --check")
         try:
-            print(make_config(classes, output=output.value))
+            print(make_config(classes, output=output.value, usual=usual))
         except Refusal as refusal:
             raise typer.BadParameter(str(refusal)) from refusal
         return

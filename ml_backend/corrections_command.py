@@ -139,8 +139,9 @@ def _advice(store: CorrectionStore, project: str | None) -> str | None:
         return None
     said = "whole objects" if level == 1 else f"parts of level about {level:g}"
     return (
-        f"most corrections are {said}: set GRACO_DEFAULT_GRANULARITY={level:g}, and clicks without a level are "
-        "answered by what was learned from them (docs/learning.md)"
+        f'most corrections are {said}: write graco="{level:g}" on the granularity tag of the project, or set '
+        f"GRACO_DEFAULT_GRANULARITY={level:g} for all, and clicks without a level are answered by what was learned "
+        "from them (docs/learning.md)"
     )
 
 

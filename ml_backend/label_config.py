@@ -3,7 +3,7 @@
 A configuration is XML that a project's owner writes freely, so nothing here depends on names. Like the editor, we read
 tag and attribute names without regard to case, and a label's `alias`, where it has one, is what results carry.
 `graco="0.3"` on a label is our own attribute and says which granularity choosing that label asks for; `graco="all"` on
-a label of a level tag asks for all of them at once.
+a label of a level tag asks for all of them at once. On the level tag itself it says what a click without one gets.
 
 Source: the editor of Label Studio 1.23.2 (libs/editor/src: core/Tree, tags/control, stores/Annotation), and requests
 recorded from it.
@@ -29,6 +29,8 @@ from model.types import Refusal
 OutputKind = Literal["brush", "bitmask", "polygon", "rectangle"]
 PromptKind = Literal["keypoint", "rectangle"]
 Severity = Literal["error", "warning", "info"]
+Usual = float | Literal["all"]
+"""What a click without a level gets: one, 0..1, or all at once."""
 
 OUTPUT_KINDS: tuple[OutputKind, ...] = ("brush", "bitmask", "polygon", "rectangle")
 """What a mask can be answered as, the most faithful first."""
@@ -124,6 +126,7 @@ class LevelTag:
     to_name: str
     labels: tuple[Label, ...]  # at least one, each with a granularity
     all_levels: str | None = None  # the label that asks for all levels at once
+    usual: Usual | None = None  # what a click without a level gets in this project, by its `graco`
 
     def granularity(self, label: str) -> float | None:
         """The granularity that a label stands for, 0..1, or None for a label of others."""
@@ -356,8 +359,8 @@ def _granularity(text: str | None) -> float | None:
     return value if value is not None and 0 <= value <= 1 else None
 
 
-def _asks_for_all(label: Mapping[str, str]) -> bool:
-    return label.get("graco", "").strip().lower() == _ALL
+def _asks_for_all(attributes: Mapping[str, str]) -> bool:
+    return attributes.get("graco", "").strip().lower() == _ALL
 
 
 def _image(tag: _Tag) -> ImageTag:
@@ -414,7 +417,14 @@ def _level_tag(tag: _Tag, plain: set[str]) -> LevelTag | None:
     numeric = all(_NUMBER_IN_TEXT.search(label.value) for label in readable)
     if not named and not numeric and tag.to_name in plain:
         return None
-    return LevelTag(name=tag.name, to_name=tag.to_name, labels=readable, all_levels=all_levels)
+    usual: Usual | None = "all" if _asks_for_all(tag.attributes) else _granularity(tag.attributes.get("graco"))
+    return LevelTag(
+        name=tag.name,
+        to_name=tag.to_name,
+        labels=readable,
+        all_levels=all_levels,
+        usual=usual,
+    )
 
 
 def _numbers(tags: Sequence[_Tag]) -> tuple[NumberTag, ...]:
@@ -641,6 +651,14 @@ def _check_labels(tags: Sequence[_Tag]) -> Iterator[Finding]:
 def _check_levels(config: LabelConfig, tags: Sequence[_Tag]) -> Iterator[Finding]:
     remedy = "add a <Labels> tag with the labels 0.1, 0.3, 0.5, 0.7 and 1.0"
     for tag in tags:
+        read = any(level.name == tag.name and level.usual is not None for level in config.levels)
+        if "graco" in tag.attributes and tag.kind != "label" and not read:
+            yield _found(
+                "warning",
+                tag,
+                f"its graco={quoteattr(tag.attributes['graco'])} is not read: it may be all or a number from 0 to 1, "
+                "and stand on the <Labels> tag of the levels",
+            )
         if tag.kind == "labels" and _LEVEL_NAME.search(tag.name):
             level = next((level for level in config.levels if level.name == tag.name), None)
             lost = [
@@ -726,6 +744,7 @@ def make_config(
     *,
     output: str = "brush",
     levels: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 1.0),
+    usual: str | None = None,
     phrase: bool = True,
 ) -> str:
     """Return a ready labelling configuration in which nothing is to be mended.
@@ -738,10 +757,12 @@ def make_config(
         classes: labels, each once.
         output: what a mask is answered as: brush, bitmask, polygon or rectangle.
         levels: granularities offered as labels, 0..1, and beside them one for all; none leaves the control out.
+        usual: what a click without a level gets: all of them, or one, 0..1; None: what the operator has set.
         phrase: whether a phrase can be typed beside a click.
 
     Raises:
-        Refusal: no class, a class twice or not printable, an unknown output, a level outside 0..1.
+        Refusal: no class, a class twice or not printable, an unknown output, a level outside 0..1, or one that is usual
+            and has no tag to stand on.
     """
     names = _checked_classes(classes)
     if output not in OUTPUT_KINDS:
@@ -750,6 +771,8 @@ def make_config(
         if not (isfinite(level) and 0 <= level <= 1):
             raise Refusal(f"level {level} is outside 0..1 (0 finest part, 1 whole object)")
     steps = sorted(set(levels))
+    if usual is not None and ((usual != _ALL and _granularity(usual) is None) or not steps):
+        raise Refusal(f"a click without a level cannot get {usual!r}; give all or a number from 0 to 1, beside levels")
     smart = {"toName": "image", "smart": "true", "smartOnly": "true"}
     lines = [
         *_labels_lines("KeyPointLabels", {"name": "click"} | smart, _class_labels(names, CLICK_KEYS)),
@@ -757,7 +780,8 @@ def make_config(
     ]
     if steps:
         lines += ['<Header value="Granularity: fine to coarse"/>']
-        lines += _labels_lines("Labels", {"name": "granularity", "toName": "image"}, _level_labels(steps))
+        of_levels = {"name": "granularity", "toName": "image"} | ({} if usual is None else {"graco": usual})
+        lines += _labels_lines("Labels", of_levels, _level_labels(steps))
     number = {"name": "granularity_value", "toName": "image", "perRegion": "true", "min": "0", "max": "1"}
     lines.append(_tag("Number", number | {"step": "0.05", "slider": "true"}, closed=True))
     if phrase:

@@ -33,6 +33,7 @@ from ml_backend.label_config import (
     OutputKind,
     OutputTag,
     PromptKind,
+    Usual,
 )
 from model.types import MAX_PHRASE, Box, Click, Granularity, Mask, Prompt, Refusal
 
@@ -75,6 +76,7 @@ class Ask:
     level_source: LevelSource | None = None
     level_label: str | None = None  # the label that gave it
     all_levels: bool = False  # every level is asked for, by a label of its own
+    usual: Usual | None = None  # what a click without a level gets, where the project says so
 
     @property
     def phrase(self) -> str | None:
@@ -176,7 +178,7 @@ def read_ask(config: LabelConfig, task: Json, context: Json | None) -> Ask | Non
     width, height = _size(newest)
     clicks = [group for group in groups if group.kind == "keypoint"]
     boxes = [group for group in groups if group.kind == "rectangle"][-1:]
-    level = _level(config, groups, task)
+    level, levels = _level(config, groups, task), config.level_tag(newest.to_name)
     return Ask(
         prompt=Prompt(
             clicks=tuple(_click(group, width, height) for group in clicks),
@@ -197,6 +199,7 @@ def read_ask(config: LabelConfig, task: Json, context: Json | None) -> Ask | Non
         level_source=level.source,
         level_label=level.label,
         all_levels=level.label is not None and level.value is None,
+        usual=None if levels is None else levels.usual,
     )
 
 

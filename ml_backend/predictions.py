@@ -17,7 +17,7 @@ from ml_backend import logs, metrics
 from ml_backend.answers import Answer
 from ml_backend.images import ImageInfo, TaskImage, check_size
 from ml_backend.jobs import encode_later
-from ml_backend.label_config import LabelConfig, OutputKind, OutputTag
+from ml_backend.label_config import LabelConfig, OutputKind, OutputTag, Usual
 from ml_backend.label_studio import (
     Ask,
     Json,
@@ -120,8 +120,9 @@ def _interactive(request: _Request, config: LabelConfig, task: Json, context: Js
     check_size(info, ask.width, ask.height)
     segmenter = request.serving.segmenter
     understood = segmenter.understood(ask.prompt)
-    prompt = _with_level(understood, ask, service.settings.default_granularity)
-    proposals = MAX_PROPOSALS if ask.all_levels else service.settings.propose
+    usual = service.settings.default_granularity if ask.usual is None else ask.usual
+    prompt = _with_level(understood, ask, usual)
+    proposals = MAX_PROPOSALS if ask.all_levels or ask.usual == "all" else service.settings.propose
     shaped = _shaped(service, segmenter, image, info, prompt, output.kind, proposals)
     given = prompt.granularity in (None, understood.granularity)
     regions = _write(request, config, ask, output, info, shaped, phrase=prompt.phrase, given=given)
@@ -144,13 +145,13 @@ def _interactive(request: _Request, config: LabelConfig, task: Json, context: Js
     return answered | _phrase_note(ask, segmenter, prompt)
 
 
-def _with_level(understood: Prompt, ask: Ask, default: float | None) -> Prompt:
-    """Return the prompt at the level to answer at: all were asked for, or one, or the operator's where nothing says."""
+def _with_level(understood: Prompt, ask: Ask, usual: Usual | None) -> Prompt:
+    """Return the prompt at the level to answer at: none where all are asked for, else the one given, else the usual."""
     if ask.all_levels:
         return replace(understood, granularity=None)
-    if default is None or understood.granularity is not None or understood.phrase is not None:
+    if usual is None or usual == "all" or understood.granularity is not None or understood.phrase is not None:
         return understood
-    return replace(understood, granularity=Granularity.from_value(default))
+    return replace(understood, granularity=Granularity.from_value(usual))
 
 
 def _phrase_note(ask: Ask, segmenter: Segmenter, understood: Prompt) -> Json:

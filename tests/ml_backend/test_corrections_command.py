@@ -34,7 +34,9 @@ def of_levels(*levels):
 def test_a_level_that_most_corrections_have_is_proposed_for_clicks_without_one(store, monkeypatch):
     for one in of_levels(*[0.3] * 20, 0.2, *[1.0] * 9):
         store.replace("1", one.annotation, [one], updated_s=1000.0)
-    assert "most corrections are parts of level about 0.3: set GRACO_DEFAULT_GRANULARITY=0.3" in counts()
+    said = counts()
+    assert 'most corrections are parts of level about 0.3: write graco="0.3" on the granularity tag' in said
+    assert "GRACO_DEFAULT_GRANULARITY=0.3" in said
     monkeypatch.setenv("GRACO_DEFAULT_GRANULARITY", "0.5")
     assert "GRACO_DEFAULT_GRANULARITY" not in counts(), "somebody has decided already"
 

@@ -72,6 +72,30 @@ def test_a_level_label_may_ask_for_all_levels():
     assert read_config(make_config(["Car"])).levels[0].all_levels == "all"
 
 
+@pytest.mark.parametrize(("written", "usual"), [("all", "all"), ("ALL", "all"), ("0.3", 0.3), ("0", 0.0), ("1", 1.0)])
+def test_the_level_tag_says_what_a_click_without_a_level_gets(written, usual):
+    xml = make_config(["Car"], usual="all").replace('graco="all">', f'graco="{written}">', 1)
+    assert read_config(xml).levels[0].usual == usual
+    assert not check_config(xml)
+    assert read_config(make_config(["Car"])).levels[0].usual is None
+
+
+@pytest.mark.parametrize("written", ["some", "2", "-0.1", ""])
+def test_what_is_no_level_is_not_read_and_said(written):
+    xml = make_config(["Car"], usual="all").replace('graco="all">', f'graco="{written}">', 1)
+    assert read_config(xml).levels[0].usual is None
+    assert any("is not read" in finding.sentence for finding in check_config(xml))
+    with pytest.raises(Refusal, match="without a level"):
+        make_config(["Car"], usual=written)
+
+
+def test_a_usual_level_on_another_tag_is_not_read_and_said():
+    xml = make_config(["Car"]).replace('<KeyPointLabels name="click"', '<KeyPointLabels name="click" graco="all"', 1)
+    assert any("<Labels> tag of the levels" in finding.sentence for finding in check_config(xml))
+    with pytest.raises(Refusal, match="beside levels"):
+        make_config(["Car"], levels=(), usual="all")
+
+
 def test_asking_for_all_levels_elsewhere_is_noticed():
     xml = view(CLICK.replace('value="Cat"', 'value="Cat" graco="all"'), MASK, LEVELS, PHRASE)
     assert found(xml) == [("warning", '<KeyPointLabels name="kp">')]

@@ -161,6 +161,23 @@ def test_a_default_level_is_used_when_none_was_chosen(make_service, service):
     assert remembered.granularity is None, "nothing is learned from a level that nobody gave"
 
 
+def in_a_project_with(usual, body):
+    return body | {"label_config": make_config(["Object", "Part"], usual=usual)}
+
+
+def test_a_project_says_what_a_click_without_a_level_gets_whatever_the_operator_has_set(make_service, service):
+    coarse = make_service(default_granularity=1.0)
+    assert_ladder(one(coarse, in_a_project_with("all", ask(click(*ON_THE_DOOR)))))
+    fine = in_a_project_with("0.1", ask(click(*ON_THE_DOOR)))
+    (chosen,) = masks_of(one(service, ask(click(*ON_THE_DOOR, level="0.1"))))
+    assert [mask["value"]["rle"] for mask in masks_of(one(coarse, fine))] == [chosen["value"]["rle"]]
+    assert levels_of(one(coarse, fine)) == [], "the annotator chose none"
+    for project in ("all", "0.1"):
+        asked = in_a_project_with(project, ask(click(*ON_THE_DOOR, level="0.7")))
+        assert levels_of(one(coarse, asked)) == ["0.7"]
+        assert len(masks_of(one(coarse, in_a_project_with(project, phrased(known_name(service)))))) == 1
+
+
 @pytest.mark.parametrize("typed", ["wheel", "wheel of the bus", "door handle"])
 def test_a_word_for_a_part_wins_over_the_default_level_and_offers_all_levels_where_they_are_asked_for(
     make_service, typed
