@@ -44,9 +44,9 @@ needs_own_backend = pytest.mark.skipif(
 Report = Callable[[str, object], None]
 
 
-def printed_config(output: str) -> str:
+def printed_config(output: str, *more: str) -> str:
     """The labelling configuration that our own command prints."""
-    command = [sys.executable, "-m", "ml_backend", "label-config", "Object", "Part", "--output", output]
+    command = [sys.executable, "-m", "ml_backend", "label-config", "Object", "Part", "--output", output, *more]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
@@ -235,6 +235,20 @@ def test_after_one_click_level_keys_grow_the_mask_and_one_key_shows_all_levels(
     assert numbers == {item["id"]: item["value"]["number"] for item in every.regions("number")}
     assert numbers
     assert numbers.keys() <= {item["id"] for item in every.regions("brushlabels")}
+
+
+def test_a_project_that_asks_for_all_levels_gets_them_from_one_click_alone(
+    label_studio: LabelStudio, backend: str, editor: Editor, photo: Photo
+) -> None:
+    project = label_studio.add_project("usual", printed_config("brush", "--usual", "all"), photo, backend)
+    open_editor(editor, project)
+    editor.choose_tool(KEYPOINT)
+    editor.choose_label("Object")
+    every = editor.answered(lambda: editor.click(photo.click))
+    sizes = [int(read_mask(region).sum()) for region in every.regions("brushlabels")]
+    assert len(editor.suggestions()) == len(sizes) > 1
+    assert sizes == sorted(sizes)
+    assert len(editor.answered(lambda: editor.press("g")).regions("brushlabels")) == 1
 
 
 def test_a_phrase_typed_beside_a_click_is_obeyed_and_an_unknown_one_changes_nothing(
