@@ -32,7 +32,7 @@ from model.types import MAX_PHRASE, Refusal
 
 MINILM = "all-minilm-l6-v2"
 """The encoder that is used unless another one is named."""
-THRESHOLD = 0.58
+THRESHOLD = 0.64
 """Cosine from which a phrase counts as the name it is nearest to, for `MINILM` (docs/adr/0009-phrases.md)."""
 
 _ARTICLES = {"the", "a", "an", "my"}

@@ -23,7 +23,7 @@ from model.light.ladder import Ladder, LadderDecoder
 from model.light.network import MaskDecoder
 from model.light.tail import Moved, moved_by
 from model.segmenter import Encoded, digest_of_file
-from model.text import Vocabulary, clean, load_phrase_encoder, names_part
+from model.text import THRESHOLD, Vocabulary, clean, load_phrase_encoder, names_part
 from model.types import Granularity, Prompt, Refusal
 
 LEVEL, PHRASE = "level", "phrase"
@@ -169,6 +169,5 @@ def _decoder(found: AdapterFile, base: MaskDecoder, width: int, branches: list[s
 
 def _vocabulary(found: AdapterFile) -> Vocabulary:
     encoder = load_phrase_encoder(found.card["phrase_encoder"])
-    return Vocabulary(
-        found.card["vocabulary"], encoder, found.card["phrase_threshold"], vectors=found.plain.get(VOCABULARY)
-    )
+    threshold = max(THRESHOLD, found.card["phrase_threshold"])  # cards of 0.58 were written before it was raised
+    return Vocabulary(found.card["vocabulary"], encoder, threshold, vectors=found.plain.get(VOCABULARY))

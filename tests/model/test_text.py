@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model import text
+from model.adapter import read_adapter
+from model.segmenter import BUNDLED_ADAPTER
 from model.text import MINILM, MiniLmEncoder, PhraseEncoder, Vocabulary, clean, load_phrase_encoder, names_part
 from model.types import MAX_PHRASE, Refusal
 from tests.conftest import ROOT, missing
@@ -275,6 +277,43 @@ def test_damaged_files_are_refused_with_the_command_that_mends_them(minilm, tmp_
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(Refusal, match=remedy):
         MiniLmEncoder(tmp_path).encode(["wheel"])
+
+
+SYNONYMS = """
+trousers: pants; sofa: couch; bike: bicycle; plane: airplane; television: tv; mobile phone: cell phone;
+smartphone: cell phone; puppy: dog; kitten: cat; automobile: car; motorbike: motorcycle; fridge: refrigerator;
+tee: t shirt; tshirt: t shirt; pullover: sweater; trainers: sneakers; spectacles: glasses; lorry: truck;
+pickup truck: truck; school bus: bus; notebook computer: laptop; computer mouse: mouse; houseplant: potted
+plant; racket: tennis racket; football: sports ball; soccer ball: sports ball; ball: sports ball; doughnut:
+donut; pony: horse; calf: cow; lamb: sheep; taxi: car; sedan: car; jet: airplane; ship: boat; sailboat: boat;
+canoe: boat; hydrant: fire hydrant; stoplight: traffic light; hairdo: hair; sun glasses: sunglasses; denim
+jeans: jeans; denim: jeans; hoodie: sweatshirt; gown: dress; raincoat: coat; blue jacket: jacket; leather
+jacket: jacket; wristwatch: watch; beret: hat; beanie: hat; rucksack: backpack; handbag: handbag; clutch:
+purse; high heels: heels; ankle boots: boots; slippers: sandals; necktie: tie; neckerchief: scarf; mug: cup;
+teacup: cup; wineglass: wine glass; vase of flowers: vase; plant: potted plant; stove: oven; basin: sink;
+armchair: chair; stool: chair; table: dining table; mattress: bed; toy bear: teddy bear; suit jacket: suit
+"""
+ORDINARY = """
+desk hose lamp ladder tree rock river mountain tomato grape statue fence pillow blanket curtain candle guitar
+drum piano hammer rope basket bucket tent flag crane tractor ambulance helicopter rocket whale shark penguin
+owl snake frog butterfly bee mushroom cactus ring earring apron robe kimono turban helmet goggles mask shield
+sword lantern fountain bridge tower castle barn windmill something object thing stuff road grass sky cloud sea
+beach snow house building street sidewalk pole sign bench-press wheelchair stroller cart box bin trash carpet
+rug picture painting poster paper pen pencil bottlecap camera speaker radio lamp shelf cupboard drawer-unit
+plate pan pot kettle tray napkin bread cheese egg meat fish chicken potato onion lettuce pepper salt sugar
+juice milk beer wine
+"""  # things that the shipped vocabulary has no name for; "bread" comes out as loafers, "sea" as boat
+
+
+def test_the_shipped_vocabulary_takes_synonyms_for_its_names_and_leaves_most_other_words_alone():
+    card = read_adapter(BUNDLED_ADAPTER).card
+    known = Vocabulary(card["vocabulary"], load_phrase_encoder())
+    pairs = [pair.split(": ") for pair in " ".join(SYNONYMS.split()).split("; ")]
+    matches = [(known.match(phrase), name) for phrase, name in pairs]
+    assert sum(match is not None and match.name == name for match, name in matches) >= 0.7 * len(pairs)
+    assert sum(match is not None and match.name != name for match, name in matches) <= 0.05 * len(pairs)
+    others = ORDINARY.split()
+    assert sum(known.match(word) is not None for word in others) <= 0.1 * len(others)
 
 
 @pytest.mark.parametrize(
