@@ -1,7 +1,8 @@
 """The training of the shipped adapter: from a recipe and annotated photos to one adapter file.
 
 Each stage leaves its result in the output folder and is skipped when that is there: proposals, encoded photos, the
-level branch, the phrase branch. A run that was stopped goes on where it was.
+level branch, the phrase branch. A run that was stopped goes on where it was; what was made by another recipe, of other
+annotations or photos, or on another base is not taken for this run's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, TrainingPhot
 from active_learning.train import TrainingConfig, fine_tune, plain_state, prepare
 from active_learning.training_run import Progress, seeded
 from model.adapter import load_lora, lora_state, read_adapter, write_adapter
-from model.annotations import read_annotations
+from model.annotations import AnnotationSet, read_annotations
 from model.evaluation.protocol import Bench, Models, Options, Scene
 from model.evaluation.report import draw_sheet
 from model.light.adapter import LEVEL, PHRASE, VOCABULARY
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 _SHEET_ROWS = 8
 
 Group = tuple[float, list[TrainingPhoto]]  # share of the lessons, photos
+Found = tuple["SetPart", AnnotationSet, str]  # a set, as it was read, and a digest of that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,26 +139,31 @@ def train_base(
         stage: opens a progress bar of a name and a number of steps; what it returns is told the steps done and a text.
 
     Raises:
-        Refusal: a set is missing or damaged, or a checkpoint belongs to another recipe.
+        Refusal: a set is missing or damaged, or what is in `out` belongs to another recipe, other data or another base.
     """
+    sets = _read(recipe, data)
+    made_of = {
+        "base": segmenter.digest,
+        "recipe": recipe.digest,
+        "sets": [asdict(part) | {"digest": digest} for part, _, digest in sets],
+    }
+    for branch in (LEVEL, PHRASE):
+        _refuse_others(_branch_file(out, branch), made_of)
     files = EmbeddingFiles(embeddings, segmenter)
     state = PartialState(cpu=recipe.level.device == "cpu")
     with state.main_process_first():  # of several processes, the first prepares everything and the others find it
-        groups, named, sheet = _photos(recipe, segmenter, data, out, embeddings, stage)
+        groups, named, sheet = _photos(recipe, sets, segmenter, out, embeddings, stage)
         _encode(files, [photo for _, photos in groups + named for photo in photos], stage)
     vocabulary = _vocabulary([photo for _, photos in named for photo in photos], recipe.phrase_threshold)
     with seeded(recipe.level.seed):
         network = LadderDecoder(segmenter.mask_decoder, vocabulary.vectors.shape[1])
-    card: dict[str, Any] = {
-        "base": segmenter.digest,
+    card: dict[str, Any] = made_of | {
         "rank": recipe.level.rank,
         "alpha": recipe.level.alpha,
         "phrase_width": vocabulary.vectors.shape[1],
         "phrase_encoder": load_phrase_encoder().name,
         "phrase_threshold": recipe.phrase_threshold,
         "vocabulary": list(vocabulary.names),
-        "recipe": recipe.digest,
-        "sets": [asdict(part) for part in recipe.sets],
     }
     branches: list[str] = []
 
@@ -190,7 +197,7 @@ def train_base(
             sampler,
             files,
             folder,
-            recipe=recipe.digest,
+            recipe=json.dumps(made_of, sort_keys=True),
             phrases=vectors_of,
             report=report,
             each_checkpoint=look,
@@ -200,14 +207,12 @@ def train_base(
         folder = out / config.branch
         branches.append(config.branch)
         prepare(network, config)
-        done = folder / "adapter.safetensors"
+        done = _branch_file(out, config.branch)
         if not done.is_file():
             train(config, lessons, folder)
             save(done)
         state.wait_for_everyone()
         found = read_adapter(done, base=segmenter.digest)  # as kept: a run that goes on from here does not differ
-        if found.card.get("recipe") != recipe.digest:
-            raise Refusal(f"{done} was trained by another recipe; name another output folder, or delete it")
         network.load_state_dict({k: v for k, v in found.plain.items() if k != VOCABULARY}, strict=False)
         load_lora(network.transformer, config.branch, found.lora[config.branch])
     path = out / "light-granularity.safetensors"
@@ -215,10 +220,35 @@ def train_base(
     return path
 
 
+def _read(recipe: Recipe, data: Path) -> list[Found]:
+    """Return the sets of a recipe, each with a digest of all that it teaches: annotations and photos."""
+    sets = []
+    for part in recipe.sets:
+        found = read_annotations(data / part.path, split=part.split)
+        said = " ".join([found.fingerprint(), *(image.digest() for image in found.images)])
+        sets.append((part, found, hashlib.sha256(said.encode()).hexdigest()))
+    return sets
+
+
+def _branch_file(out: Path, branch: str) -> Path:
+    return out / branch / "adapter.safetensors"
+
+
+def _refuse_others(path: Path, made_of: dict[str, Any]) -> None:
+    """Refuse the file of a finished branch whose card says that it was made of anything else."""
+    if path.is_file():
+        card = read_adapter(path).card
+        if any(card.get(name) != value for name, value in made_of.items()):
+            raise Refusal(
+                f"{path} was trained by another recipe, on other data or on another base; name another output folder, "
+                "or delete it"
+            )
+
+
 def _photos(
     recipe: Recipe,
+    sets: Sequence[Found],
     segmenter: LightSegmenter,
-    data: Path,
     out: Path,
     embeddings: Path,
     stage: Callable[[str, int], Callable[[int, str], None]],
@@ -229,8 +259,7 @@ def _photos(
     sheet: list[TrainingPhoto] = []
 
     views = partial(views_of, smallest=recipe.smallest_view, seed=recipe.view_seed)
-    for part in recipe.sets:
-        found = read_annotations(data / part.path, split=part.split)
+    for part, found, digest in sets:
         photos = photos_of(found, partial(views, further=part.views))
         groups.append((part.share, photos))
         sheet += [photo for photo in photos if photo.view == PLAIN][:: max(1, len(photos) // 3)][:3]
@@ -244,7 +273,7 @@ def _photos(
                 photos = photos_of(found, partial(views, further=part.phrase_views))
             named.append((part.share if part.phrase_share is None else part.phrase_share, photos))
         if part.proposals:
-            key = hashlib.sha256(f"{part} {recipe.proposals}".encode()).hexdigest()[:8]
+            key = hashlib.sha256(f"{part} {recipe.proposals} {digest} {segmenter.digest}".encode()).hexdigest()[:8]
             path = out / "proposals" / f"{part.path}-{key}.json"
             if not path.is_file():
                 bar = stage(f"proposals on {part.path}", len(found.images))

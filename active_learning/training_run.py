@@ -148,7 +148,7 @@ class TrainingRun:
         """Take over a checkpoint, if there is one; return the number of steps done.
 
         Raises:
-            BadCheckpoint: it is damaged, or belongs to another recipe.
+            BadCheckpoint: it is damaged, or belongs to another recipe, other data or another base.
         """
         if not path.is_file():
             return 0
@@ -159,7 +159,10 @@ class TrainingRun:
             said = str(error).partition("\n")[0]
             raise BadCheckpoint(f"checkpoint {path} cannot be read ({said}); delete it to begin anew") from error
         if recipe != self.recipe:
-            raise BadCheckpoint(f"{path} belongs to another recipe; name another output folder, or delete it")
+            raise BadCheckpoint(
+                f"{path} belongs to another recipe, other data or another base; "
+                "name another output folder, or delete it"
+            )
         if len(content["rng"]) != self.accelerator.num_processes:
             raise BadCheckpoint(
                 f"{path} was written by {len(content['rng'])} processes; go on with as many, or delete it"

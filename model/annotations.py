@@ -151,6 +151,13 @@ class AnnotationSet:
     licence: str  # as the source states it; empty if it does not
     images: tuple[AnnotatedImage, ...]
 
+    def fingerprint(self) -> str:
+        """Return a digest of all that is annotated, hex: photos by name and size, masks by all that is said of them."""
+        digest = hashlib.sha256(self.name.encode())
+        for image in self.images:
+            digest.update(f"|{image.path.name} {image.height} {image.width} {image.masks}".encode())
+        return digest.hexdigest()
+
 
 def decode(segmentation: Rle) -> Mask:
     """Return a mask of COCO's compressed run lengths, bool H, W.

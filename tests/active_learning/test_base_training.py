@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from active_learning.base_training import Recipe, train_base
 from model.adapter import read_adapter
 from model.annotations import read_annotations
 from model.light.adapter import LEVEL, PHRASE, VOCABULARY
+from model.light.segmenter import LightSegmenter
 from model.segmenter import load_segmenter, predict
 from model.types import Click, Granularity, Prompt, Refusal
 from tests.active_learning.drawn import strip, write_strip
@@ -103,6 +105,17 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
+
+
+def photos_for(recipe, segmenter, data, out, embeddings):
+    return base_training._photos(recipe, base_training._read(recipe, data), segmenter, out, embeddings, Bars())
+
+
+def corrected(folder: Path, **changes) -> Path:
+    """Write the set into a folder of sets, as if somebody had gone over its annotations."""
+    shutil.rmtree(folder / "strip", ignore_errors=True)
+    write_strip(folder / "strip", **changes)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +207,7 @@ def test_proposals_are_made_once_and_get_their_share_of_the_lessons(segmenter, d
     (proposals,) = (tmp_path / "proposals").glob("strip-*.json")
     (image,) = read_annotations(proposals, split="train").images
     assert any(mask.origin.startswith("proposal") for mask in image.masks)
-    groups, named, _ = base_training._photos(recipe, segmenter, data, tmp_path, embeddings, Bars())
+    groups, named, _ = photos_for(recipe, segmenter, data, tmp_path, embeddings)
     assert [share for share, _ in groups] == [1.0, 0.5]
     assert {name for _, photos in named for photo in photos for name in photo.names} == {
         "door",
@@ -204,9 +217,48 @@ def test_proposals_are_made_once_and_get_their_share_of_the_lessons(segmenter, d
     }
 
 
+def test_a_finished_branch_of_other_annotations_photos_or_another_base_is_refused(
+    trained, segmenter, embeddings, tmp_path, monkeypatch
+):
+    out, data, bars = tmp_path / "out", tmp_path / "data", Bars()
+    shutil.copytree(trained[0], out)
+
+    def refused() -> None:
+        with pytest.raises(Refusal, match=r"adapter\.safetensors was .* on other data .*name another output folder"):
+            train_base(read(tmp_path), segmenter, data, out, embeddings=embeddings, stage=bars)
+
+    corrected(data, handle={"parent_id": None})
+    refused()
+    photo = corrected(data) / "strip" / "images" / "strip.png"
+    Image.fromarray(strip(1)).save(photo)
+    refused()
+    corrected(data)
+    monkeypatch.setattr(LightSegmenter, "digest", "0" * 64)
+    refused()
+    assert bars.told == {}, "it is said before hours of encoding"
+    monkeypatch.undo()
+    train_base(read(tmp_path), segmenter, data, out, embeddings=embeddings, stage=bars)
+    assert bars.told == {}
+
+
+def test_a_checkpoint_of_other_annotations_is_refused_and_proposals_are_made_anew_for_them(
+    segmenter, embeddings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(base_training, "_draw", lambda *_: None)
+    recipe = read(tmp_path, RECIPE.replace("views = 1", "proposals = 0.5"))
+    data = corrected(tmp_path / "data")
+    with pytest.raises(Stopped):
+        train_base(recipe, segmenter, data, tmp_path, embeddings=embeddings, stage=Bars(("level branch", 3)))
+    corrected(data, ball={"id": 9})
+    bars = Bars()
+    with pytest.raises(Refusal, match=r"checkpoint\.pt belongs to .* other data .*delete it"):
+        train_base(recipe, segmenter, data, tmp_path, embeddings=embeddings, stage=bars)
+    assert bars.told["proposals on strip"] == [1]
+
+
 def test_the_phrase_branch_may_see_other_views_and_shares_than_the_level_branch(data, segmenter, embeddings, tmp_path):
     recipe = read(tmp_path, RECIPE.replace("views = 1", "views = 1\nphrase_views = 3\nphrase_share = 0.25"))
-    groups, named, _ = base_training._photos(recipe, segmenter, data, tmp_path, embeddings, Bars())
+    groups, named, _ = photos_for(recipe, segmenter, data, tmp_path, embeddings)
     assert [(share, len(photos)) for share, photos in groups] == [(1.0, 2)]
     assert [(share, len(photos)) for share, photos in named] == [(0.25, 4)]
     assert {photo.embedding for photo in groups[0][1]} < {photo.embedding for photo in named[0][1]}
