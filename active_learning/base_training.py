@@ -70,6 +70,14 @@ class Recipe:
     phrase_threshold: float
     digest: str  # of all it says
 
+    def __post_init__(self) -> None:
+        level, phrase = ((branch.rank, branch.alpha) for branch in (self.level, self.phrase))
+        if level != phrase:  # a file states one rank and one alpha, by which all of its branches are scaled
+            raise Refusal(
+                f"rank and alpha are {level} in [level] but {phrase} in [phrase]; an adapter has one of each, so give "
+                "both branches the same"
+            )
+
     @classmethod
     def read(cls, path: Path, **overrides: Any) -> Recipe:
         """Return the recipe in a file; `overrides` replace values of both branches' training (device, precision).

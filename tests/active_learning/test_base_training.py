@@ -296,6 +296,8 @@ def test_two_processes_by_torchrun_share_what_they_learn_and_write_one_adapter(s
         ("steps = 3", "steps = 3.5", r"steps = 3.5 in \[phrase\]"),
         ("steps = 4", "steps = 4\nclip = 'x'", r"clip = 'x' in \[level\]"),
         ("smallest = 0.8", 'smallest = "all"', "not understood"),
+        ("rank = 4", "rank = 8", r"\(8, 8\) in \[level\] but \(4, 8\) in \[phrase\]; .* both branches the same"),
+        ("alpha = 8", "alpha = 16", r"\(4, 16\) in \[level\] but \(4, 8\) in \[phrase\]"),
     ],
 )
 def test_a_recipe_that_is_wrong_is_refused_with_what_is_wrong(tmp_path, old, new, said):
