@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import tomllib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import torch
 from accelerate import PartialState
@@ -25,13 +26,14 @@ from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, TrainingPhot
 from active_learning.train import TrainingConfig, fine_tune, plain_state, prepare
 from active_learning.training_run import Progress, seeded
 from model.adapter import load_lora, lora_state, read_adapter, write_adapter
-from model.annotations import AnnotationSet, read_annotations
+from model.annotations import AnnotationSet, Level, read_annotations
 from model.evaluation.protocol import Bench, Models, Options, Scene
 from model.evaluation.report import draw_sheet
 from model.light.adapter import LEVEL, PHRASE, VOCABULARY
 from model.light.ladder import LadderDecoder
 from model.light.segmenter import LightSegmenter
 from model.propose import RunOptions, options_for, propose
+from model.segmenter import Device
 from model.text import Vocabulary, load_phrase_encoder
 from model.types import Refusal
 
@@ -87,44 +89,110 @@ class Recipe:
         """
         try:
             content = tomllib.loads(path.read_text())
+            _check(content, _RECIPE, "the recipe", needed=_RECIPE)
+            for part in content["sets"]:
+                _check(part, _SET, "[[sets]]", needed=["path"])
+            _check(content["proposals"], _PROPOSALS, "[proposals]", needed=_PROPOSALS)
+            _check(content["views"], _VIEWS, "[views]", needed=_VIEWS)
             return cls(
                 sets=tuple(SetPart(**part) for part in content["sets"]),
                 level=_config(content["level"], LEVEL, overrides),
                 phrase=_config(content["phrase"], PHRASE, overrides),
-                proposals=_options(content["proposals"]),
+                proposals=options_for(**content["proposals"]),
                 smallest_view=float(content["views"]["smallest"]),
-                view_seed=int(content["views"]["seed"]),
+                view_seed=content["views"]["seed"],
                 phrase_threshold=float(content["phrase_threshold"]),
                 digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
             )
         except OSError as error:
             raise Refusal(f"recipe {path} cannot be read: {error}") from error
-        except KeyError as error:
-            raise Refusal(f"recipe {path} lacks {error}; see active_learning/recipes for a complete one") from error
-        except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
+        except ValueError as error:  # of TOML, of UTF-8, or what a check refuses
             raise Refusal(f"recipe {path} is not understood: {error}") from error
 
 
-def _options(values: dict[str, Any]) -> RunOptions:
-    known = {"sources", "per_object", "points_per_image", "seed"}
-    if values.keys() != known:
-        raise Refusal(f"[proposals] must set {', '.join(sorted(known))} and nothing else, not {', '.join(values)}")
-    return options_for(values["sources"], **{name: values[name] for name in known - {"sources"}})
-
-
 def _config(values: dict[str, Any], branch: str, overrides: dict[str, Any]) -> TrainingConfig:
-    known = {field.name for field in fields(TrainingConfig)}
-    if unknown := values.keys() - known:
-        raise Refusal(f"a recipe cannot set {sorted(unknown)[0]!r}; it may set {', '.join(sorted(known))}")
-    values = values | overrides
-    for name, usual in asdict(TrainingConfig()).items():
-        kind = (int, float) if isinstance(usual, float) else type(usual)
-        if name in values and not isinstance(values[name], kind):
-            raise Refusal(f"{name} = {values[name]!r} in [{branch}] is not of the kind of {usual!r}")
-    config = TrainingConfig(**values, branch=branch)
-    if config.precision not in ("bf16", "no"):
-        raise Refusal(f"precision {config.precision!r} in [{branch}] is unknown; give bf16, or no for fp32")
-    return config
+    for given in (values, overrides):
+        _check(given, _TRAINING, f"[{branch}]")
+    return TrainingConfig(**values | overrides, branch=branch)
+
+
+class _Allowed(NamedTuple):
+    """What a value of a recipe may be."""
+
+    said: str
+    holds: Callable[[Any], bool]
+
+
+def _check(values: dict[str, Any], allowed: dict[str, _Allowed], where: str, *, needed: Collection[str] = ()) -> None:
+    """Refuse a part of a recipe that lacks something, or sets anything that it cannot, or to what it cannot be."""
+    for name in needed:
+        if name not in values:
+            raise Refusal(f"{where} lacks {name!r}; see active_learning/recipes for a complete one")
+    for name, value in values.items():
+        if name not in allowed:
+            raise Refusal(f"{where} cannot set {name!r}; it may set {', '.join(sorted(allowed))}")
+        if not allowed[name].holds(value):
+            raise Refusal(f"{name} = {value!r} in {where} is not allowed; give {allowed[name].said}")
+
+
+def _is_number(value: Any, most: float = math.inf) -> bool:
+    """Return whether a value is a finite number from 0 to `most`; true and false are none."""
+    return type(value) in (int, float) and 0 <= value <= most and value != math.inf
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(item, kind) for item in value)
+
+
+def _weigh_levels(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() <= set(get_args(Level)) and all(map(_is_number, value.values()))
+
+
+def _one_of(*words: str) -> _Allowed:
+    return _Allowed(" or ".join(words), lambda value: value in words)
+
+
+_COUNT = _Allowed("a whole number from 1 on", partial(_is_count, least=1))
+_COUNT_OR_NONE = _Allowed("a whole number from 0 on", partial(_is_count, least=0))
+_SHARE = _Allowed("a number from 0 to 1", partial(_is_number, most=1))
+_SIDE = _Allowed("a number above 0, 1 at most", lambda value: _is_number(value, 1) and value > 0)
+_WEIGHT = _Allowed("a number from 0 on", _is_number)
+_RATE = _Allowed("a number above 0", lambda value: _is_number(value) and value > 0)
+_TEXT = _Allowed("a text", lambda value: isinstance(value, str) and value != "")
+_TABLE = _Allowed("a table", lambda value: isinstance(value, dict))
+
+_RECIPE = {
+    "phrase_threshold": _SHARE,
+    "sets": _Allowed("a list of tables", partial(_is_list, kind=dict)),
+    **dict.fromkeys(("proposals", "views", LEVEL, PHRASE), _TABLE),
+}
+_SET = {
+    **dict.fromkeys(("path", "split"), _TEXT),
+    **dict.fromkeys(("share", "proposals", "phrase_share"), _WEIGHT),
+    **dict.fromkeys(("views", "phrase_views"), _COUNT_OR_NONE),
+    "named": _Allowed("true or false", lambda value: isinstance(value, bool)),
+}
+_PROPOSALS = {
+    "sources": _Allowed("a list of names", partial(_is_list, kind=str)),
+    **dict.fromkeys(("per_object", "points_per_image"), _COUNT),
+    "seed": _COUNT_OR_NONE,
+}
+_VIEWS = {"smallest": _SIDE, "seed": _COUNT_OR_NONE}
+_TRAINING = {
+    **dict.fromkeys(("steps", "clicks", "most_clicks", "rank", "alpha", "checkpoint_every", "log_every"), _COUNT),
+    **dict.fromkeys(("warmup", "seed"), _COUNT_OR_NONE),
+    **dict.fromkeys(("central", "further", "boxed", "average"), _SHARE),
+    **dict.fromkeys(("learning_rate", "head_learning_rate", "clip"), _RATE),
+    **dict.fromkeys(("weight_decay", "level_power", "focal", "overlap", "growth", "score"), _WEIGHT),
+    "kind_weights": _Allowed(f"numbers from 0 on for {', '.join(get_args(Level))}", _weigh_levels),
+    "precision": _one_of("bf16", "no"),
+    "device": _one_of(*get_args(Device)),
+}
+"""All of `TrainingConfig` but its branch."""
 
 
 def train_base(

@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from active_learning import base_training
 from active_learning.__main__ import app
-from active_learning.base_training import Recipe, train_base
+from active_learning.base_training import Recipe, SetPart, train_base
+from active_learning.train import TrainingConfig
 from model.adapter import read_adapter
 from model.annotations import read_annotations
 from model.light.adapter import LEVEL, PHRASE, VOCABULARY
@@ -306,6 +307,67 @@ def test_a_recipe_that_is_wrong_is_refused_with_what_is_wrong(tmp_path, old, new
         read(tmp_path, RECIPE.replace(old, new, 1))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "allowed"),
+    [
+        *(
+            (f"{name} = {usual}", f"{name} = {value}", "a whole number from 1 on")
+            for name, usual in (("steps", 4), ("clicks", 1), ("most_clicks", 2), ("rank", 4), ("alpha", 8))
+            for value in (0, -1, 1.5, "true")
+        ),
+        ("checkpoint_every = 2", "checkpoint_every = 0", "a whole number from 1 on"),
+        ("log_every = 1", "log_every = 0", "a whole number from 1 on"),
+        ("log_every = 1", "warmup = -1", "a whole number from 0 on"),
+        ("log_every = 1", "head_learning_rate = nan", "a number above 0"),
+        ("log_every = 1", "learning_rate = 0", "a number above 0"),
+        ("log_every = 1", "clip = inf", "a number above 0"),
+        ("log_every = 1", "score = -0.5", "a number from 0 on"),
+        ("log_every = 1", "central = 2", "a number from 0 to 1"),
+        ("log_every = 1", "device = 'gpu'", "auto or cpu or cuda"),
+        ("log_every = 1", "precision = 8", "bf16 or no"),
+        ("log_every = 1", "kind_weights = {object = 'x'}", "numbers from 0 on for object, part, subpart"),
+        ("log_every = 1", "kind_weights = {whole = 1.0}", "numbers from 0 on for object, part, subpart"),
+        ("log_every = 1", "kind_weights = {part = nan}", "numbers from 0 on for object, part, subpart"),
+        ("views = 1", "views = -1", "a whole number from 0 on"),
+        ("views = 1", "phrase_views = 1.5", "a whole number from 0 on"),
+        ("views = 1", "share = '0.28'", "a number from 0 on"),
+        ("views = 1", "share = nan", "a number from 0 on"),
+        ("views = 1", "phrase_share = -1", "a number from 0 on"),
+        ("named = true", "named = 'yes'", "true or false"),
+        ('path = "strip"', "path = 3", "a text"),
+        ("smallest = 0.8", "smallest = 2", "a number above 0, 1 at most"),
+        ("smallest = 0.8", "smallest = 0.0", "a number above 0, 1 at most"),
+        ("seed = 0", "seed = -1", "a whole number from 0 on"),
+        ("per_object = 3", "per_object = '3'", "a whole number from 1 on"),
+        ('sources = ["agg"]', "sources = 'agg'", "a list of names"),
+        ("phrase_threshold = 0.58", "phrase_threshold = nan", "a number from 0 to 1"),
+        ("[[sets]]", "sets = [1]\n[[set]]", "a list of tables"),
+        ("[[sets]]", "sets = []\n[[set]]", "a list of tables"),
+    ],
+)
+def test_a_value_that_no_training_can_have_is_refused_by_its_name_with_what_is_allowed(tmp_path, old, new, allowed):
+    assert old in RECIPE
+    name = new.partition(" = ")[0]
+    with pytest.raises(Refusal, match=rf"recipe\.toml .*\b{name} = .* is not allowed; give {allowed}$"):
+        read(tmp_path, RECIPE.replace(old, new, 1))
+
+
+def test_a_branch_that_is_no_table_is_refused(tmp_path):
+    with pytest.raises(Refusal, match="level = 3 in the recipe is not allowed; give a table"):
+        read(tmp_path, "level = 3\n" + RECIPE.replace("[level]", "[levels]"))
+
+
+def test_every_value_of_a_training_is_checked():
+    assert base_training._TRAINING.keys() | {"branch"} == {field.name for field in fields(TrainingConfig)}
+    assert base_training._SET.keys() == {field.name for field in fields(SetPart)}
+
+
+def test_a_wrong_device_in_a_recipe_is_refused_though_another_one_is_asked_for(tmp_path):
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("log_every = 1", "device = 'gpu'", 1))
+    with pytest.raises(Refusal, match="device = 'gpu'"):
+        Recipe.read(tmp_path / "recipe.toml", device="cpu")
+
+
 def test_a_recipe_that_is_missing_or_not_text_is_refused(tmp_path):
     with pytest.raises(Refusal, match=r"none\.toml cannot be read"):
         Recipe.read(tmp_path / "none.toml")
@@ -316,7 +378,7 @@ def test_a_recipe_that_is_missing_or_not_text_is_refused(tmp_path):
 
 def test_an_unknown_precision_is_refused_before_anything_is_done(tmp_path):
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    with pytest.raises(Refusal, match=r"precision 'fp8'.*give bf16, or no"):
+    with pytest.raises(Refusal, match=r"precision = 'fp8' .*give bf16 or no"):
         Recipe.read(tmp_path / "recipe.toml", precision="fp8")
 
 
@@ -377,7 +439,7 @@ def test_the_command_ends_with_two_and_a_sentence_on_a_wrong_recipe(tmp_path):
     (tmp_path / "recipe.toml").write_text(RECIPE.replace("rank = 4", "ranks = 4", 1))
     code, said = said_by("--config", str(tmp_path / "recipe.toml"))
     assert code == 2
-    assert "a recipe cannot set 'ranks'" in said
+    assert "[level] cannot set 'ranks'" in said
     code, said = said_by("--config", str(tmp_path / "none.toml"))
     assert code == 2
     assert "cannot be read" in said
