@@ -14,6 +14,7 @@ import math
 import tomllib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -40,6 +41,7 @@ from model.types import Refusal
 log = logging.getLogger(__name__)
 
 _SHEET_ROWS = 8
+_WAIT = timedelta(hours=12)  # of one process for another; torch's 30 minutes are less than encoding takes on CPUs
 
 Group = tuple[float, list[TrainingPhoto]]  # share of the lessons, photos
 Found = tuple["SetPart", AnnotationSet, str]  # a set, as it was read, and a digest of that
@@ -226,7 +228,7 @@ def train_base(
     for branch in (LEVEL, PHRASE):
         _refuse_others(_branch_file(out, branch), made_of)
     files = EmbeddingFiles(embeddings, segmenter)
-    state = PartialState(cpu=recipe.level.device == "cpu")
+    state = PartialState(cpu=recipe.level.device == "cpu", timeout=_WAIT)
     with state.main_process_first():  # of several processes, the first prepares everything and the others find it
         groups, named, sheet = _photos(recipe, sets, segmenter, out, embeddings, stage)
         _encode(files, [photo for _, photos in groups + named for photo in photos], stage)

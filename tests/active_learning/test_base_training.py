@@ -1,6 +1,7 @@
 """The training of the shipped adapter, small: from a recipe to a file that a segmenter takes."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -279,6 +280,46 @@ def test_two_processes_by_torchrun_share_what_they_learn_and_write_one_adapter(s
     assert read_adapter(path, base=segmenter.digest).card["branches"] == [LEVEL, PHRASE]
     kept = torch.load(tmp_path / "out" / "level" / "checkpoint.pt", weights_only=True)
     assert len(kept["rng"]) == 2, "each process drew lessons of its own"
+
+
+def test_processes_wait_for_the_first_one_as_long_as_encoding_may_take(trained, segmenter, data, embeddings, tmp_path):
+    # in a process of its own: accelerate makes one group of processes and keeps it
+    program = f"""
+import sys
+from datetime import timedelta
+from pathlib import Path
+import torch
+import torch.distributed
+from active_learning import base_training
+
+began = torch.distributed.init_process_group
+
+def begin(*arguments, **options):
+    print("waits", options["timeout"] >= timedelta(hours=12), flush=True)
+    began(*arguments, **options)
+
+def prepare(*_):
+    assert torch.distributed.is_initialized()
+    from accelerate import Accelerator
+    print("trains as", Accelerator(cpu=True).num_processes)  # as `fine_tune` makes it, of the same group
+    sys.exit()
+
+torch.distributed.init_process_group, base_training._photos = begin, prepare
+recipe = base_training.Recipe.read(Path({str(trained[0] / "recipe.toml")!r}), device="cpu")
+base_training.train_base(
+    recipe,
+    type("Base", (), {{"digest": {segmenter.digest!r}}}),
+    Path({str(data)!r}),
+    Path({str(tmp_path)!r}),
+    embeddings=Path({str(embeddings)!r}),
+    stage=print,
+)
+"""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, check=False
+    )
+    assert "waits True\ntrains as 1" in done.stdout, done.stderr[-3000:]
 
 
 # --- refusals ---
