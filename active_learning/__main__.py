@@ -69,6 +69,10 @@ def train_base_command(
     except Refusal as refusal:
         console.print(f"[red]{escape(str(refusal))}[/red]")
         raise typer.Exit(2) from refusal
+    except OSError as error:
+        said = f"{error}; choose another --out ({out}) or --embeddings ({embeddings}), or free some space"
+        console.print(f"[red]{escape(said)}[/red]")
+        raise typer.Exit(2) from error
     print(path)
 
 
@@ -90,6 +94,10 @@ def bundle_command(
     except Refusal as refusal:
         Console(stderr=True).print(f"[red]{escape(str(refusal))}[/red]")
         raise typer.Exit(2) from refusal
+    except OSError as error:
+        said = f"{error}; choose another --out ({out}), or free some space"
+        Console(stderr=True).print(f"[red]{escape(said)}[/red]")
+        raise typer.Exit(2) from error
     print(out)
 
 

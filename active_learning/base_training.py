@@ -218,6 +218,7 @@ def train_base(
 
     Raises:
         Refusal: a set is missing or damaged, or what is in `out` belongs to another recipe, other data or another base.
+        OSError: a file cannot be written.
     """
     sets = _read(recipe, data)
     made_of = {
@@ -225,6 +226,7 @@ def train_base(
         "recipe": recipe.digest,
         "sets": [asdict(part) | {"digest": digest} for part, _, digest in sets],
     }
+    out.mkdir(parents=True, exist_ok=True)  # where nothing can be written, nobody waits for encoding first
     for branch in (LEVEL, PHRASE):
         _refuse_others(_branch_file(out, branch), made_of)
     files = EmbeddingFiles(embeddings, segmenter)

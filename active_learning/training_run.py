@@ -11,7 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -122,7 +122,11 @@ class TrainingRun:
         return float(norm)
 
     def save(self, path: Path, step: int) -> None:
-        """Write everything a later run needs to go on exactly; the file appears whole or not at all."""
+        """Write everything a later run needs to go on exactly; the file appears whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         states = gather_object([json.dumps(self.rng.bit_generator.state)])  # of each process
         if not self.accelerator.is_main_process:
             return
@@ -140,8 +144,12 @@ class TrainingRun:
         try:
             torch.save(content, draft)
             draft.replace(path)
-        except BaseException:  # what is left of it would take room on a full disk
-            draft.unlink(missing_ok=True)
+        except BaseException as error:
+            with suppress(OSError):  # what is left of it would take room on a full disk
+                draft.unlink(missing_ok=True)
+            if "inline_container" in str(error):  # torch's own words for a file that cannot be written
+                said = str(error).partition("\n")[0]
+                raise OSError(f"checkpoint {path} cannot be written ({said})") from error
             raise
 
     def resume(self, path: Path) -> int:

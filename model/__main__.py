@@ -90,7 +90,8 @@ def propose(
         console.print(f"[red]{escape(str(refusal))}[/red]")
         raise typer.Exit(2) from refusal
     except OSError as error:
-        console.print(f"[red]{escape(str(error))}[/red]; choose another --out or --embeddings, or free some space")
+        said = f"{error}; choose another --out ({out}) or --embeddings, or free some space"
+        console.print(f"[red]{escape(said)}[/red]")
         raise typer.Exit(2) from error
     for sentence in done.refusals:
         console.print(f"[yellow]left out:[/yellow] {escape(sentence)}")

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model.files import save_tensors
 from model.types import Refusal
 
 Q_AND_V = ("q_proj", "v_proj")
@@ -123,6 +123,9 @@ def write_adapter(
         plain: tensors that take the place of the network's own.
         lora: branch to matrices, as `lora_state` returns them.
         exact: keep large plain tensors as they are, too.
+
+    Raises:
+        OSError: it cannot be written.
     """
     tensors = {f"{_PLAIN}.{name}": value for name, value in plain.items()}
     for branch, matrices in lora.items():
@@ -133,7 +136,7 @@ def write_adapter(
     large = {k for k, v in tensors.items() if k.startswith(f"{_PLAIN}.") and v.ndim > 1 and v.numel() > _SMALL}
     halved = set() if exact else large
     compact = {k: v.detach().cpu().half() if k in halved else v.detach().cpu() for k, v in tensors.items()}
-    save_file({k: v.contiguous() for k, v in compact.items()}, draft, {"card": json.dumps(card)})
+    save_tensors(draft, {k: v.contiguous() for k, v in compact.items()}, {"card": json.dumps(card)})
     draft.chmod(0o644)  # safetensors writes for its owner alone
     draft.replace(path)
 

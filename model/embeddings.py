@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 
+from model.files import save_tensors
 from model.segmenter import Encoded, Segmenter
 from model.types import RGBImage
 
@@ -45,6 +46,9 @@ class EmbeddingFolder:
             pixels: decodes it; called only where there is no file. What it raises is raised.
             height: of the photo.
             width: of the photo.
+
+        Raises:
+            OSError: its file cannot be written.
         """
         path = self.path(segmenter, image_id)
         if path is None:
@@ -58,6 +62,6 @@ class EmbeddingFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         size = {"height": str(encoded.height), "width": str(encoded.width)}  # the web process's cache asks for it
-        save_file(encoded.tensors, draft, metadata=size)
+        save_tensors(draft, encoded.tensors, size)
         draft.replace(path)
         return encoded

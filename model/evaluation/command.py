@@ -118,8 +118,9 @@ def evaluate(
         )
         results = Results(out / "results.jsonl")
         _Evaluation(found, chosen, options, source, EmbeddingFolder(embeddings), results, jobs, Console()).run(sheet)
-    except (Refusal, OSError) as error:  # OSError: the folder of --out cannot be written to
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+    except (Refusal, OSError) as error:
+        remedy = "" if isinstance(error, Refusal) else "; give another --out or --embeddings, or free some space"
+        Console(stderr=True).print(f"error: {error}{remedy}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from error
 
 

@@ -476,6 +476,28 @@ def test_the_command_explains_itself():
         assert option in said
 
 
+@pytest.mark.parametrize("option", ["--out", "--embeddings"])
+def test_the_command_ends_with_two_and_a_sentence_where_it_cannot_write(data, embeddings, tmp_path, option):
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "file").write_text("in the way")
+    where = {"--out": tmp_path / "out", "--embeddings": embeddings} | {option: tmp_path / "file" / "below"}
+    given = {"--config": tmp_path / "recipe.toml", "--data": data, "--device": "cpu", "--encoder": "exact"} | where
+    code, said = said_by(*(str(word) for pair in given.items() for word in pair))
+    assert code == 2
+    assert f"choose another --out ({where['--out']}) or --embeddings ({where['--embeddings']}), or free" in said
+    assert "Traceback" not in said
+
+
+def test_bundle_ends_with_two_and_a_sentence_where_it_cannot_write(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("no room")
+
+    monkeypatch.setattr("active_learning.__main__.bundle", full)
+    result = CliRunner().invoke(app, ["bundle", "--out", str(tmp_path)], env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert "no room; choose another --out" in result.output
+
+
 def test_the_command_ends_with_two_and_a_sentence_on_a_wrong_recipe(tmp_path):
     (tmp_path / "recipe.toml").write_text(RECIPE.replace("rank = 4", "ranks = 4", 1))
     code, said = said_by("--config", str(tmp_path / "recipe.toml"))

@@ -150,6 +150,12 @@ def test_the_checkpoint_of_another_recipe_is_refused(fresh, teach, tmp_path):
         teach(fresh(LEVEL), tmp_path, config(steps=1, growth=0.25))
 
 
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_the_system_that_names_it(fresh, teach, tmp_path):
+    (tmp_path / ".checkpoint.pt.draft").mkdir()  # in the way
+    with pytest.raises(OSError, match=rf"checkpoint {tmp_path}/checkpoint\.pt cannot be written"):
+        teach(fresh(LEVEL), tmp_path, config(steps=1))
+
+
 def test_the_checkpoint_of_another_number_of_processes_is_refused(fresh, teach, tmp_path):
     teach(fresh(LEVEL), tmp_path, config(steps=1))
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)

@@ -35,6 +35,13 @@ def file(tmp_path):
     return path
 
 
+def test_a_file_that_cannot_be_written_is_an_error_of_the_system_as_everywhere(tmp_path):
+    (tmp_path / ".mine.safetensors.draft").mkdir()  # in the way
+    with pytest.raises(OSError, match=f"{tmp_path} cannot be written to"):
+        write_adapter(tmp_path / "mine.safetensors", card=CARD, plain=PLAIN, lora=LORA)
+    assert not (tmp_path / "mine.safetensors").exists()
+
+
 def rewrite(path, *, card, tensors=None):
     """Write an adapter file anew with another card, and other tensors (None: as they are)."""
     save_file(load_file(path) if tensors is None else tensors, path, {"card": json.dumps(card)})

@@ -1,5 +1,8 @@
 """Encoded photos on disk."""
 
+import os
+
+import pytest
 import torch
 
 from model.embeddings import EmbeddingFolder
@@ -40,6 +43,15 @@ def test_a_damaged_file_is_made_anew(tmp_path, caplog):
     assert value_of(folder, encoder) == 2
     assert "damaged" in caplog.text
     assert value_of(folder, encoder) == 2
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_the_system_as_everywhere(tmp_path):
+    folder, encoder = EmbeddingFolder(tmp_path), Encoder()
+    path = folder.path(encoder, "photo")
+    path.with_name(f".{path.name}.{os.getpid()}").mkdir(parents=True)  # in the way
+    with pytest.raises(OSError, match=f"{path.parent} cannot be written to"):
+        value_of(folder, encoder)
+    assert not path.exists()
 
 
 def test_without_a_folder_nothing_is_kept():

@@ -218,6 +218,15 @@ def test_an_out_that_cannot_be_written_is_refused(folder, tmp_path, loaded):
     assert "give another --out" in " ".join(result.output.split())
 
 
+def test_embeddings_that_cannot_be_written_are_answered_with_what_to_do(folder, tmp_path, loaded):
+    (tmp_path / "file").write_text("in the way")
+    result = called(folder, *QUICK, "--out", tmp_path / "out", "--embeddings", tmp_path / "file" / "below")
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert "give another --out or --embeddings, or free some space" in said
+    assert str(tmp_path / "file") in said.replace(" ", "")
+
+
 def test_a_process_that_dies_is_answered_with_what_to_do(folder, tmp_path, monkeypatch):
     def die(*arguments):
         raise BrokenProcessPool("killed")
