@@ -358,7 +358,7 @@ def _photos(
             if not path.is_file():
                 bar = stage(f"proposals on {part.path}", len(found.images))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                propose(
+                done = propose(
                     found,
                     segmenter,
                     path,
@@ -366,6 +366,8 @@ def _photos(
                     embeddings=embeddings,
                     report=lambda p, bar=bar: bar(p.done, f"{p.passes_per_second:.0f} passes a second"),  # type: ignore[misc]
                 )
+                for sentence in done.refusals:
+                    log.warning("a photo of %s has no part in its proposals: %s", part.path, sentence)
             groups.append((part.proposals, photos_of(read_annotations(path, split=part.split))))
     return groups, named, sheet[:_SHEET_ROWS]
 

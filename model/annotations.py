@@ -18,7 +18,7 @@ import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
@@ -126,17 +126,8 @@ class AnnotatedImage:
         return tuple(other for other in self.masks if other.parent_id == mask.id)
 
     def whole(self, mask: AnnotatedMask) -> AnnotatedMask:
-        """Return the root of the mask's parents: itself where it has none, and where its parent is not there.
-
-        Parents that form a ring have no root; the first one met again stands for it.
-        """
-        seen = {mask.id}
-        while mask.parent_id is not None and mask.parent_id in self.by_id:
-            mask = self.by_id[mask.parent_id]
-            if mask.id in seen:
-                break
-            seen.add(mask.id)
-        return mask
+        """Return the root of the mask's parents, as `whole_of` does."""
+        return whole_of(mask, self.by_id)
 
     def level_of(self, mask: AnnotatedMask) -> Granularity:
         """Return where a mask stands in its whole: its area over that of its whole, as one of ten levels."""
@@ -157,6 +148,20 @@ class AnnotationSet:
         for image in self.images:
             digest.update(f"|{image.path.name} {image.height} {image.width} {image.masks}".encode())
         return digest.hexdigest()
+
+
+def whole_of(mask: AnnotatedMask, by_id: Mapping[int, AnnotatedMask]) -> AnnotatedMask:
+    """Return the root of a mask's parents: itself where it has none, and where its parent is not there.
+
+    Parents that form a ring have no root; the first one met again stands for it.
+    """
+    seen = {mask.id}
+    while mask.parent_id is not None and mask.parent_id in by_id:
+        mask = by_id[mask.parent_id]
+        if mask.id in seen:
+            break
+        seen.add(mask.id)
+    return mask
 
 
 def decode(segmentation: Rle) -> Mask:

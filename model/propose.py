@@ -124,7 +124,7 @@ def propose(
             digest = image.digest()
             key = _key(image, digest, options, f"{segmenter.version} {segmenter.encoding} {segmenter.adapter}")
             path = parts / f"{image.id}-{key[:16]}.json"
-            if path.is_file():
+            if _is_finished(path):
                 progress.reused += 1
             else:
                 encoded = kept.encoded(segmenter, digest, image.pixels, height=image.height, width=image.width)
@@ -142,6 +142,17 @@ def propose(
     if not progress.refusals:
         shutil.rmtree(parts)
     return progress
+
+
+def _is_finished(path: Path) -> bool:
+    """Return whether an earlier run left an image's masks; what is damaged is made anew."""
+    if not path.is_file():
+        return False
+    try:
+        return isinstance(json.loads(path.read_bytes()), list)
+    except ValueError as error:
+        log.warning("the masks of an earlier run in %s are damaged (%s) and are made anew", path, error)
+        return False
 
 
 def _masks(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from model.annotations import AnnotatedMask, Level, encode
+from model.annotations import AnnotatedMask, Level, encode, whole_of
 from model.metrics import iou
 from model.types import Mask
 
@@ -83,8 +83,8 @@ def merge_siblings(
 ) -> tuple[AnnotatedMask, ...]:
     """Return the masks of an image with the levels between siblings and their parent added, parents brought up to date.
 
-    A level that would repeat a mask of the image, or be no smaller than the parent, is not made. Masks without a parent
-    in the image are no siblings.
+    A level that would repeat a mask of the image, be no smaller than the parent, or lie outside its whole is not made.
+    Masks without a parent in the image are no siblings.
 
     Args:
         masks: all masks of one image.
@@ -94,6 +94,7 @@ def merge_siblings(
     """
     pixels = {mask.id: mask.mask() for mask in masks}
     found = {mask.id: mask for mask in masks}
+    wholes = {mask.id: pixels[whole_of(mask, found).id] for mask in masks}
     for parent in masks:
         siblings = [mask for mask in masks if mask.parent_id == parent.id and mask.id != parent.id]
         if len(siblings) < 2:
@@ -105,7 +106,8 @@ def merge_siblings(
             union: Mask = np.logical_or.reduce([node.mask for node in group])
             members = [member for node in group for member in node.members]
             larger = np.count_nonzero(union) >= parent.area  # siblings may reach out of their parent
-            if larger or any(iou(union, other) > most_iou for other in pixels.values()):
+            outside = not (union & wholes[parent.id]).any()  # nobody can say how fine it is
+            if larger or outside or any(iou(union, other) > most_iou for other in pixels.values()):
                 return _Node(union, members, name, strips)
             level: Level = "part" if parent.level == "object" else "subpart"
             found[following] = AnnotatedMask(

@@ -258,6 +258,19 @@ def test_a_checkpoint_of_other_annotations_is_refused_and_proposals_are_made_ane
     assert bars.told["proposals on strip"] == [1]
 
 
+def test_a_photo_that_is_left_out_of_the_proposals_is_named_in_the_log(segmenter, embeddings, tmp_path, caplog):
+    folder = corrected(tmp_path / "data") / "strip"
+    (folder / "images" / "torn.png").write_bytes((folder / "images" / "strip.png").read_bytes()[:200])
+    content = json.loads((folder / "annotations.json").read_text())
+    content["images"].append(content["images"][0] | {"id": 2, "file_name": "torn.png"})
+    (folder / "annotations.json").write_text(json.dumps(content))
+    recipe = read(tmp_path, RECIPE.replace("views = 1", "proposals = 0.5"))
+    photos_for(recipe, segmenter, tmp_path / "data", tmp_path, embeddings)
+    (said,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert "a photo of strip has no part in its proposals: " in said
+    assert "torn.png" in said
+
+
 def test_the_phrase_branch_may_see_other_views_and_shares_than_the_level_branch(data, segmenter, embeddings, tmp_path):
     recipe = read(tmp_path, RECIPE.replace("views = 1", "views = 1\nphrase_views = 3\nphrase_share = 0.25"))
     groups, named, _ = photos_for(recipe, segmenter, data, tmp_path, embeddings)

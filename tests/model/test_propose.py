@@ -181,6 +181,37 @@ def test_a_damaged_photo_is_left_out_with_a_sentence_and_done_once_it_is_mended(
     assert len(read_annotations(tmp_path / "out.json").images) == 3
 
 
+def test_siblings_drawn_outside_their_whole_cost_that_level_and_not_the_photo(tmp_path):
+    folder = write_set(tmp_path / "flags", photos=2)
+    content = json.loads((folder / "annotations.json").read_text())
+    for note in content["annotations"]:
+        if note["id"] in (11, 12):  # both stripes of the first photo, moved above its flag
+            strip = np.zeros_like(flag())
+            strip[:8, 30 * (note["id"] - 11) :][:, :30] = True
+            note["segmentation"]["counts"] = encode(strip)["counts"].decode()
+    (folder / "annotations.json").write_text(json.dumps(content))
+    progress = propose(read_annotations(folder), Striped(), tmp_path / "out.json", ALL)
+    assert progress.refusals == []
+    one, other = read_annotations(tmp_path / "out.json").images
+    origins = [{mask.origin for mask in image.masks} for image in (one, other)]
+    assert ["proposal-agg" in of for of in origins] == [True, True]
+    assert ["proposal-trie" in of for of in origins] == [False, True]
+
+
+@pytest.mark.parametrize("left", [b"", b"[{", b"\x00" * 64, b"null"])
+def test_what_an_earlier_run_left_damaged_is_done_again(flags, tmp_path, left):
+    def stop(progress) -> None:
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    propose(flags, Striped(), tmp_path / "once.json", ALL)
+    with pytest.raises(KeyboardInterrupt):
+        propose(flags, Striped(), tmp_path / "out.json", ALL, report=stop)
+    min((tmp_path / "out.json.parts").glob("*.json")).write_bytes(left)
+    assert propose(flags, Striped(), tmp_path / "out.json", ALL).reused == 1
+    assert (tmp_path / "out.json").read_bytes() == (tmp_path / "once.json").read_bytes()
+
+
 def test_embeddings_are_kept_for_a_second_run_and_a_damaged_one_is_made_anew(flags, tmp_path):
     first, second, third = Striped(), Striped(), Striped()
     for place, segmenter in enumerate((first, second)):

@@ -96,6 +96,25 @@ def test_what_is_there_already_is_not_made_again_and_orphans_are_no_siblings():
     assert merge_siblings(orphans, following=9) == tuple(orphans)
 
 
+def test_siblings_outside_their_whole_make_no_level_and_those_partly_in_it_do():
+    def merged(*columns: int) -> tuple[AnnotatedMask, ...]:
+        car_, *wheels = car("left wheel", "right wheel")
+        for place, column in enumerate(columns):
+            pixels = np.zeros((60, 120), np.bool_)
+            pixels[10:50, column : column + 3] = True  # the car begins at column 5
+            wheels[place] = mask_of(place + 2, wheels[place].name, pixels)
+        return merge_siblings([car_, *wheels], following=9)
+
+    assert named(merged(0, 117)) == {}
+    assert [mask.parent_id for mask in merged(0, 117)] == [None, 1, 1]
+    assert named(merged(0, 20)) == {"wheels": {"left wheel", "right wheel"}}
+    masks = [
+        *(mask_of(1, "flag", flag(0, 1), None), mask_of(2, "band", flag(2, 3))),  # a part drawn outside its object
+        *(mask_of(3, "left pole", flag(2, 2), 2), mask_of(4, "right pole", flag(3, 3) & (np.arange(120) > 90), 2)),
+    ]
+    assert merge_siblings(masks, following=9) == tuple(masks)
+
+
 @pytest.mark.parametrize(
     ("one", "many"),
     [
