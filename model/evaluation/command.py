@@ -138,9 +138,10 @@ class _Evaluation:
     def run(self, sheet: int) -> None:
         models = self.source.load()
         digest, encoding = self.source.adapter_digest(), self.source.fingerprint(models)
+        clock = self.source.clock()
 
         def key(protocol: str, selection: Selection) -> str:
-            return key_of(protocol, selection, self.options, encoding=encoding, adapter=digest)
+            return key_of(protocol, selection, self.options, encoding=encoding, adapter=digest, clock=clock)
 
         tasks = plan(self.selections, self.protocols, key)
         self._measure(tasks, models)

@@ -1,7 +1,8 @@
 """A run over sets: one line of JSON for each mask and protocol that is done, so that a killed run goes on.
 
-A row's key is a digest of all that could change its numbers (weights, encoder, adapter, options, the set as read), so a
-folder may serve many runs; rows of other keys are left alone. Masks of one image are done together.
+A row's key is a digest of all that could change its numbers (weights, encoder, adapter, options, the set as read; for
+seconds the machine, device and threads, too), so a folder may serve many runs; rows of other keys are left alone. Masks
+of one image are done together.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,11 +19,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from model.annotations import AnnotatedImage, AnnotatedMask
 from model.embeddings import EmbeddingFolder
 from model.evaluation.protocol import BASE_ONLY, PAPER, Bench, Models, Options, Row, Scene
 from model.evaluation.sets import Selection, evenly_spaced
-from model.segmenter import Device, EncoderChoice, Speed, load_segmenter
+from model.segmenter import Device, EncoderChoice, Speed, load_segmenter, pick_device
 from model.types import MAX_PROPOSALS, Refusal
 
 TIMED_MASKS = 10
@@ -68,6 +72,10 @@ class ModelSource:
             return models.base.encoding
         clip = f"{self.clip} {self.clip.stat().st_size}" if self.clip else "none"
         return f"{models.base.version} {self.size} {self.speed} clip {clip}"
+
+    def clock(self) -> str:
+        """Return what seconds depend on besides: this machine, the device, and the threads of a CPU."""
+        return f"{platform.node()} {pick_device(self.device)} {self.threads or torch.get_num_threads()}"
 
     def adapter_digest(self) -> str | None:
         """Return the SHA-256 of the adapter's file, None without one.
@@ -135,8 +143,18 @@ class Results:
         self._rows[row["key"], row["mask"]] = row
 
 
-def key_of(protocol: str, selection: Selection, options: Options, *, encoding: str, adapter: str | None) -> str:
+def key_of(
+    protocol: str, selection: Selection, options: Options, *, encoding: str, adapter: str | None, clock: str = ""
+) -> str:
     """Return the key of a protocol's rows on a set: what they depend on, and nothing else.
+
+    Args:
+        protocol: what is measured.
+        selection: of which masks.
+        options: of the protocols.
+        encoding: of the base, as `ModelSource.fingerprint` returns it.
+        adapter: its digest, None without one.
+        clock: what seconds depend on, as `ModelSource.clock` returns it.
 
     >>> from types import SimpleNamespace
     >>> pets = SimpleNamespace(fingerprint="ab")
@@ -162,6 +180,8 @@ def key_of(protocol: str, selection: Selection, options: Options, *, encoding: s
         facts["proposals"] = MAX_PROPOSALS
     if protocol == "phrase":
         facts["seed"] = options.seed
+    if protocol == "time":
+        facts["clock"] = clock
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

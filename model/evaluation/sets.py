@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet, Source, read_annotations
+from model.annotations import AnnotatedImage, AnnotatedMask, Source, read_annotations
 from model.evaluation.protocol import phrase_of, supported
 from model.types import Refusal
 
@@ -85,7 +84,7 @@ def select(
     return Selection(
         name=_name_of(source),
         licence=annotations.licence,
-        fingerprint=_fingerprint(annotations),
+        fingerprint=annotations.fingerprint(),
         chosen=tuple((image, chosen) for image, chosen in by_image if chosen),
         of=sum(len(of_level) for of_level in masks.values()),
     )
@@ -100,12 +99,3 @@ def _name_of(source: Path) -> str:
     if source.name == "annotations.json":
         source = source.parent
     return source.name if source.is_dir() else source.stem
-
-
-def _fingerprint(annotations: AnnotationSet) -> str:
-    digest = hashlib.sha256(annotations.name.encode())
-    for image in annotations.images:
-        digest.update(f"|{image.path.name} {image.height} {image.width}".encode())
-        for mask in image.masks:
-            digest.update(f" {mask.id}:{mask.area}:{mask.parent_id}:{mask.name}".encode())
-    return digest.hexdigest()

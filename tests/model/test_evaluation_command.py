@@ -1,6 +1,7 @@
 """The command: a run from start to report, a run that goes on, and what it says to wrong input."""
 
 import json
+import platform
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from model.annotations import decode, encode
 from model.embeddings import EmbeddingFolder
 from model.evaluation.command import app
 from model.evaluation.protocol import BASE_ONLY, PROTOCOLS, Models, Options
@@ -102,14 +104,16 @@ def test_a_finished_run_measures_nothing_again(folder, tmp_path):
 def test_only_what_matters_to_a_protocol_changes_its_rows(folder):
     pets = selected(folder)
 
-    def keys(options=None, adapter="a"):
-        return {p: key_of(p, pets, options or Options(), encoding="e", adapter=adapter) for p in PROTOCOLS}
+    def keys(options=None, **facts):
+        facts = {"encoding": "e", "adapter": "a", "clock": "here"} | facts
+        return {p: key_of(p, pets, options or Options(), **facts) for p in PROTOCOLS}
 
-    def changed(options=None, adapter="a"):
-        return {p for p, key in keys(options, adapter).items() if key != keys()[p]}
+    def changed(options=None, **facts):
+        return {p for p, key in keys(options, **facts).items() if key != keys()[p]}
 
     assert len(set(keys().values())) == len(PROTOCOLS)
     assert changed(adapter="b") == set(PROTOCOLS) - set(BASE_ONLY)
+    assert changed(clock="there") == {"time"}
     assert changed(Options(seed=1)) == {"phrase"}
     assert changed(Options(support=2)) == {"levels"}
     assert changed(Options(fixed_levels=(Granularity(5),))) == {"fixed"}
@@ -123,6 +127,30 @@ def test_another_annotation_makes_the_rows_of_a_set_stale(folder):
     content["annotations"][2]["parent_id"] = None
     (folder / "annotations.json").write_text(json.dumps(content))
     assert selected(folder).fingerprint != before
+
+
+def test_a_mask_that_was_drawn_anew_with_as_many_pixels_makes_the_rows_of_its_set_stale(folder):
+    before = selected(folder).fingerprint
+    content = json.loads((folder / "annotations.json").read_text())
+    note = content["annotations"][0]
+    segmentation = note["segmentation"]
+    drawn = decode(segmentation | {"counts": segmentation["counts"].encode()})
+    segmentation["counts"] = encode(np.roll(drawn, 1, axis=1))["counts"].decode()
+    (folder / "annotations.json").write_text(json.dumps(content))
+    assert selected(folder).fingerprint != before
+
+
+def test_seconds_are_measured_again_with_other_threads_and_on_another_machine(folder, tmp_path, loaded, monkeypatch):
+    def kept(*arguments) -> str:
+        result = called(folder, *QUICK, "--out", tmp_path / "out", "--protocols", "base,time", *arguments)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    kept("--threads", "1")
+    assert "6 of 6 rows are there already" in kept("--threads", "1")
+    assert "3 of 6 rows are there already" in kept("--threads", "2")
+    monkeypatch.setattr(platform, "node", lambda: "elsewhere")
+    assert "3 of 6 rows are there already" in kept("--threads", "1")
 
 
 def test_a_limit_takes_masks_of_each_level_spread_evenly(folder):
