@@ -136,6 +136,7 @@ def reconcile(
     """Fetch the corrections that webhooks lost, and take in what waits."""
     from contextlib import closing
 
+    from ml_backend.connections import NOT_CONNECTED
     from ml_backend.ingest import open_intake
     from ml_backend.reconcile import reconcile as compare
     from ml_backend.reconcile import take_in
@@ -161,7 +162,9 @@ def reconcile(
         take_in(intake, lambda done, total: bar.update(taken, completed=done, total=total))
         failures = intake.inbox.failures()
         waiting = intake.inbox.counts()["undone"]
-    print(f"{found.projects} projects: {found.added} annotations were missing, {found.deleted} are gone")
+    if not found.projects:
+        typer.secho(NOT_CONNECTED, fg="yellow", err=True)
+    print(f"{len(found.ids)} projects: {found.added} annotations were missing, {found.deleted} are gone")
     if waiting or failures:
         typer.secho(f"{waiting} events wait to be tried again, {len(failures)} were given up", fg="yellow", err=True)
     for key, action, error in failures[:10]:

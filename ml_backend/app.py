@@ -19,13 +19,14 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from ml_backend import auth, logs, metrics, openapi
 from ml_backend.admin import make_admin
+from ml_backend.connections import note_told
 from ml_backend.label_config import read_config
 from ml_backend.label_studio import empty_answer
 from ml_backend.limits import check_size
 from ml_backend.predictions import predict_tasks
+from ml_backend.project_texts import ProjectTexts
 from ml_backend.queues import look
 from ml_backend.readiness import why_no_clicks, why_no_corrections, why_no_trainings
-from ml_backend.schemas import Schemas
 from ml_backend.service import Service, timed
 from ml_backend.state import read_state
 from ml_backend.webhooks import EventBody, handle_event, start_training
@@ -141,7 +142,7 @@ def create_app(service: Service) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = service.settings.request_max_mb * 2**20
     busy_at = service.settings.threads * 3 // 4
     places = threading.BoundedSemaphore(busy_at)
-    schemas = Schemas(service.settings.data_dir / "schemas")  # for servers that send none with /predict
+    schemas = ProjectTexts(service.settings.data_dir / "schemas")  # for servers that send none with /predict
     state = metrics.StateCollector(lambda: read_state(service))
 
     @app.before_request
@@ -203,7 +204,10 @@ def create_app(service: Service) -> Flask:
                 read_config(body.schema)
             except Refusal as refusal:
                 log.warning("project %s: %s", body.project, refusal)
-        return _json({"model_version": service.version(body.project)})
+        version = service.version(body.project)
+        if body.project is not None:
+            note_told(service.settings, body.project, version)
+        return _json({"model_version": version})
 
     @app.post("/predict")
     def predict() -> Response:

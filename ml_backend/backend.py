@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from label_studio_ml.model import LabelStudioMLBase
 
+from ml_backend.connections import note_told
 from ml_backend.label_config import read_config
 from ml_backend.label_studio import empty_answer
 from ml_backend.predictions import predict_tasks
@@ -47,7 +48,11 @@ def make_backend(service: Service, name: str = "GraCo") -> type[LabelStudioMLBas
 
         def setup(self) -> None:
             """Tell 2.x our version; it calls this whenever it builds the class."""
-            self.set("model_version", service.version(getattr(self, "project_id", None)))
+            project = getattr(self, "project_id", None)
+            version = service.version(project)
+            if project is not None:
+                note_told(service.settings, project, version)
+            self.set("model_version", version)
 
         def predict(
             self, tasks: list[dict[str, Any]], context: dict[str, Any] | None = None, **kwargs: Any

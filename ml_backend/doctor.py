@@ -36,8 +36,9 @@ from rq.serializers import JSONSerializer
 from active_learning.lines import SHARED
 from ml_backend import queues
 from ml_backend.connect import SSRF as _SSRF
+from ml_backend.connections import Connection, is_ours
 from ml_backend.credentials import SECRET_HEADER, known_secrets, secrets_file
-from ml_backend.families import LIGHT, adapter_file, base_of, clip_folder, configured_version, load_model
+from ml_backend.families import LIGHT, adapter_file, base_of, clip_folder, load_model
 from ml_backend.fetch import Answer, Fetcher, read_answer
 from ml_backend.images import decode_image
 from ml_backend.jobs import ENCODE, connect
@@ -45,7 +46,6 @@ from ml_backend.label_config import check_config, read_config
 from ml_backend.label_studio import read_batch
 from ml_backend.readiness import why_no_trainings
 from ml_backend.service import open_registry, serving_version
-from ml_backend.serving import lines_of
 from ml_backend.settings import Settings
 from ml_backend.supervisor import redis_server, redis_socket
 from model.segmenter import BUNDLED_ADAPTER, Segmenter
@@ -92,15 +92,6 @@ class _Project(msgspec.Struct):
 
 class _Page(msgspec.Struct):
     results: list[_Project]
-
-
-class _Connection(msgspec.Struct):  # of a project to an ML backend
-    url: str
-    state: str = ""  # CO connected, DI disconnected, ER error, TR training, PR predicting
-    title: str | None = None
-    is_interactive: bool = False
-    error_message: str | None = None
-    model_version: str | None = None
 
 
 class _Webhook(msgspec.Struct):
@@ -616,7 +607,8 @@ def _projects(settings: Settings) -> Iterator[Check]:
         seen = f"none of the newest {len(page.results)} projects has this backend" if page.results else "there is none"
         remedy = (
             f"create one, then in its Settings > Model > Connect Model type {_local(settings)} (see 'its address'); "
-            f"if that is refused as a reserved network address, {_SSRF}"
+            f"if that is refused as a reserved network address, {_SSRF}; and run the doctor with the backend's own "
+            "GRACO_DATA_DIR, where it keeps which projects it answered"
         )
         yield Check("projects", "warning", seen, remedy)
 
@@ -624,9 +616,9 @@ def _projects(settings: Settings) -> Iterator[Check]:
 def _project(settings: Settings, studio: Fetcher, project: _Project) -> Iterator[Check]:
     """Look at a project that has this backend; of others say nothing."""
     name = f"project {project.id}"
-    backends = _get(studio, f"/api/ml?project={project.id}", list[_Connection], timeout_s=10)
+    backends = _get(studio, f"/api/ml?project={project.id}", list[Connection], timeout_s=10)
     for backend in backends:
-        if not _is_ours(backend, settings, project):
+        if not is_ours(settings, project.id, backend):
             continue
         yield _connection(settings, project, backend)
         yield from _guarded(f"{name} webhook", _webhook, settings, studio, project, backend)
@@ -635,25 +627,9 @@ def _project(settings: Settings, studio: Fetcher, project: _Project) -> Iterator
         return
 
 
-def _is_ours(backend: _Connection, settings: Settings, project: _Project) -> bool:
-    """Whether it says our version, or has our port and nobody else is known to answer there."""
-    base = configured_version(settings).partition("+")[0]
-    lines = tuple(f"{base}+{line}-v" for line in lines_of(settings, project.id))  # told before it was replaced
-    if backend.model_version == serving_version(settings, project.id) or (backend.model_version or "").startswith(
-        lines
-    ):
-        return True
-    try:
-        port = urlsplit(backend.url).port
-    except ValueError:
-        return False
-    return port == settings.port and not (backend.state == "CO" and backend.model_version)
-
-
-def _connection(settings: Settings, project: _Project, backend: _Connection) -> Check:
+def _connection(settings: Settings, project: _Project, backend: Connection) -> Check:
     name, url = f"project {project.id}", _shown(backend.url).rstrip("/")
-    what = "this backend" if url.endswith(f":{settings.port}") else "a backend of this version"
-    seen = f"{project.title!r} has {what} as {url}"
+    seen = f"{project.title!r} has this backend as {url}"
     if backend.state in ("DI", "ER"):
         why = backend.error_message or "no reason given"
         remedy = f"where Label Studio runs, try: curl {url}/health; if that fails, see 'its address' above"
@@ -675,7 +651,7 @@ def _connection(settings: Settings, project: _Project, backend: _Connection) -> 
     return Check(name, "ok", f"{seen}, connected")
 
 
-def _webhook(settings: Settings, studio: Fetcher, project: _Project, backend: _Connection) -> Iterator[Check]:
+def _webhook(settings: Settings, studio: Fetcher, project: _Project, backend: Connection) -> Iterator[Check]:
     name, wanted = f"project {project.id} webhook", f"{backend.url.rstrip('/')}/webhook"
     hooks = _get(studio, f"/api/webhooks?project={project.id}", list[_Webhook])
     hook = next((hook for hook in hooks if hook.url.rstrip("/").startswith(wanted)), None)

@@ -43,6 +43,7 @@ from rq.timeouts import JobTimeoutException
 
 from ml_backend import logs, metrics
 from ml_backend.answers import Answer
+from ml_backend.connections import NOT_CONNECTED
 from ml_backend.images import TaskImage
 from ml_backend.inbox import Inbox
 from ml_backend.settings import Settings
@@ -539,16 +540,23 @@ def _keep_up(settings: Settings, stop: threading.Event) -> None:
     asked_s, whole_s = -float("inf"), -float("inf")  # when Label Studio was asked, and when for everything
     since_s: float | None = None
     scored_s = -float("inf")  # when tasks were to be scored by whatever serves
+    alone = 0  # how often no project was found to be connected
     while True:
         try:
             _look_after(settings)
             now_s = time.monotonic()
             if wants and now_s - asked_s >= settings.reconcile_minutes * 60:
                 whole = now_s - whole_s >= _REDO_ALL_S
-                asked_s, whole_s, begun_s = now_s, now_s if whole else whole_s, time.time()
+                asked_s, begun_s = now_s, time.time()
                 found = _fetch_lost(settings, None if whole else since_s)
                 since_s = begun_s
-                if now_s - scored_s >= _SCORE_AGAIN_S:
+                if whole and found.projects:
+                    whole_s = now_s
+                elif whole:  # and is again the next time; at first the web process may still be starting
+                    alone += 1
+                    if alone == 2:
+                        log.warning(NOT_CONNECTED)
+                if found.ids and now_s - scored_s >= _SCORE_AGAIN_S:
                     scored_s = now_s
                     for project in found.ids:
                         ask_for_scores(settings, project)

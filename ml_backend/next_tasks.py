@@ -240,7 +240,7 @@ def _follows(about: _Project, studio: Fetcher, settings: Settings) -> bool:
         return False
     backends = backends_of(studio, settings, about.id)
     version = about.model_version or ""
-    titles = {"", *(backend.title for backend in backends)}
+    titles = {"", *(backend.title or "" for backend in backends)}
     return bool(backends) and (version in titles or _OURS.fullmatch(version) is not None)
 
 

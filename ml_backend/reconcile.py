@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import msgspec
 
+from ml_backend.connections import Connection, is_ours
 from ml_backend.fetch import Fetcher, make_fetcher, read_answer
 from ml_backend.ingest import Intake, annotation_event, ingest, note_classes
 from ml_backend.label_studio import Json, changed_s
@@ -37,10 +38,10 @@ _BY_ID = quote('{"ordering":["tasks:id"]}')
 class Reconciled:
     """What was found."""
 
-    projects: int
+    projects: int  # connected to us, or the one that was asked for
     added: int  # annotations put into the inbox
     deleted: int  # annotations that Label Studio no longer has
-    ids: tuple[int, ...]  # of the projects
+    ids: tuple[int, ...]  # of the projects that could be compared
 
 
 class _Project(msgspec.Struct):
@@ -52,13 +53,6 @@ class _Project(msgspec.Struct):
 class _Projects(msgspec.Struct):
     results: list[_Project]
     next: str | None = None
-
-
-class Backend(msgspec.Struct):
-    """An ML backend as a project has it connected."""
-
-    url: str
-    title: str = ""
 
 
 class _Tasks(msgspec.Struct):
@@ -77,7 +71,7 @@ def reconcile(
     """Put into the inbox what Label Studio has and the ledger has not, and delete what it has no longer.
 
     Args:
-        settings: Label Studio's address and token, and the port that projects connect to us by.
+        settings: Label Studio's address and token, and how we know projects that are connected to us.
         intake: where it goes.
         project: only this one, connected or not; None: all that are connected to us.
         since_s: UTC; only tasks changed since then are looked at, and deletions are left to another time. None: all.
@@ -88,9 +82,10 @@ def reconcile(
     """
     studio = make_fetcher(settings)
     projects = [_get(studio, f"/api/projects/{project}/", _Project)] if project is not None else None
-    added, deleted = 0, 0
+    connected, added, deleted = 0, 0, 0
     looked: list[int] = []
     for one in projects if projects is not None else _connected(studio, settings):
+        connected += 1
         try:
             new, gone = _project(studio, intake, one, since_s, report)
         except Refusal as refusal:
@@ -100,7 +95,7 @@ def reconcile(
             continue
         looked.append(one.id)
         added, deleted = added + new, deleted + gone
-    return Reconciled(projects=len(looked), added=added, deleted=deleted, ids=tuple(looked))
+    return Reconciled(projects=connected, added=added, deleted=deleted, ids=tuple(looked))
 
 
 def take_in(intake: Intake, report: Callable[[int, int], None] | None = None) -> None:
@@ -132,22 +127,14 @@ def _connected(studio: Fetcher, settings: Settings) -> Iterator[_Project]:
         page += 1
 
 
-def backends_of(studio: Fetcher, settings: Settings, project: int) -> list[Backend]:
-    """Return the backends of a project that are us, by the port of their address; none: it is not connected.
+def backends_of(studio: Fetcher, settings: Settings, project: int) -> list[Connection]:
+    """Return the connections of a project that lead to us; none: it is not connected.
 
     Raises:
         Refusal: Label Studio cannot be asked, or the token's user may not see the project.
     """
-    found = _get(studio, f"/api/ml?project={project}", list[Backend])
-    return [backend for backend in found if _port(backend.url) == settings.port]
-
-
-def _port(url: str) -> int | None:
-    try:
-        parts = urlsplit(url)
-        return parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError:
-        return None
+    found = _get(studio, f"/api/ml?project={project}", list[Connection])
+    return [connection for connection in found if is_ours(settings, project, connection)]
 
 
 def _project(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import requests
 
 from ml_backend import doctor
+from ml_backend.connections import note_told
 from ml_backend.label_config import make_config
 from tests.conftest import ROOT
 from tests.e2e.label_studio_server import CREDENTIALS, SECRETS, LabelStudio, Project
@@ -104,7 +107,10 @@ def test_a_webhook_without_the_secret_is_refused_the_doctor_says_so_and_connect_
 
 
 def webhook_check(label_studio: LabelStudio, backend: str, project: Project) -> doctor.Check:
-    settings = label_studio.settings().model_copy(update={"port": urlsplit(backend).port})
+    here = {"port": urlsplit(backend).port, "data_dir": Path(tempfile.mkdtemp(prefix="graco-doctor-"))}
+    settings = label_studio.settings().model_copy(update=here)
+    (connection,) = label_studio.api("GET", f"/api/ml?project={project.id}")
+    note_told(settings, project.id, connection["model_version"])  # the backend did so in its own folder
     checks = {check.name: check for check in doctor.examine(settings)}
     assert checks[f"project {project.id}"].status == "ok", checks[f"project {project.id}"]
     return checks[f"project {project.id} webhook"]

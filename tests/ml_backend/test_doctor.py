@@ -24,6 +24,7 @@ from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 
 from ml_backend import doctor, families
+from ml_backend.connections import note_told
 from ml_backend.fetch import Fetcher
 from ml_backend.label_config import make_config
 from ml_backend.service import serving_version
@@ -178,7 +179,9 @@ def _light(monkeypatch):
 def settings(tmp_path, studio, backend):
     def make(**given):
         base = {"data_dir": tmp_path / "data", "port": backend.port, "label_studio_url": studio.url}
-        return Settings(**base | {"label_studio_api_key": TOKEN} | given)
+        made = Settings(**base | {"label_studio_api_key": TOKEN} | given)
+        note_told(made, 7, VERSION)
+        return made
 
     return make
 
@@ -599,7 +602,7 @@ def test_a_backend_of_others_is_not_ours(settings, studio, backend):
     assert check(settings(), "projects").status == "warning"
     studio.connection |= {"url": backend.url}  # on our port of another machine, and well
     assert check(settings(), "projects").status == "warning"
-    studio.connection |= {"state": "DI"}
+    studio.connection |= {"state": "DI", "model_version": None}  # it never said whose it is
     assert check(settings(), "project 7").status == "error"
 
 

@@ -6,21 +6,28 @@ import time
 from contextlib import closing
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from ml_backend.__main__ import app
+from ml_backend.app import create_app
+from ml_backend.connections import Connection, is_ours, note_told
+from ml_backend.fetch import make_fetcher
 from ml_backend.ingest import open_intake
-from ml_backend.jobs import _fetch_lost
-from ml_backend.reconcile import reconcile, take_in
+from ml_backend.jobs import _fetch_lost, _keep_up
+from ml_backend.reconcile import backends_of, reconcile, take_in
+from ml_backend.service import Service
 from ml_backend.settings import Settings
 from model.types import Refusal
 from tests.ml_backend.conftest import TOKEN
 from tests.ml_backend.test_ingest import CONFIG, annotation, deleted, event, held, mask, photo, region, take
 
 PORT = 9090
+VERSION = "light-1a2b3c4d+granularity-5e6f7a8b"
 
 
 class Studio:
@@ -118,6 +125,51 @@ def compare(settings, intake, **how):
     found = reconcile(settings, intake, **how)
     take_in(intake)
     return found.added, found.deleted
+
+
+def connected(**what):
+    """A connection that Label Studio gets through to."""
+    return {"url": "https://graco.example.org", "state": "CO", "model_version": VERSION} | what
+
+
+def test_a_project_that_we_told_our_version_is_ours_behind_a_proxy_too(settings, intake, studio):
+    studio.add(annotation(id=1))
+    studio.backends[3] = [connected(url="https://other.example.org", model_version="yolo-8"), connected()]
+    assert compare(settings, intake) == (0, 0), "nobody asked us about it"
+    with closing(Service(settings.model_copy(update={"auth": "off"}))) as service:
+        setup = create_app(service).test_client().post("/setup", json={"project": "3.1795250578"})
+    studio.backends[3][1]["model_version"] = setup.json["model_version"]
+    assert [one.url for one in backends_of(make_fetcher(settings), settings, 3)] == ["https://graco.example.org"]
+    assert compare(settings, intake) == (1, 0)
+
+
+def test_another_backend_on_our_port_is_not_us_and_we_are_found_while_we_are_away(settings):
+    def ours(project, **what):
+        return is_ours(settings, project, msgspec.convert(connected(**what), Connection))
+
+    here = f"http://elsewhere:{PORT}"
+    note_told(settings, 3, VERSION)
+    assert ours(3)
+    assert ours(3, model_version=f"{VERSION.partition('+')[0]}+project-3-v0001-5e6f7a8b"), "another adapter of the base"
+    assert ours(3, state="DI")
+    assert not ours(3, url=here, model_version="yolo-8")
+    assert not ours(4, url=here), "the same version, told by a backend of another team"
+    assert not ours(4, url=here, state="DI", model_version="yolo-8")
+    assert not ours(4, url=here, model_version=None), "we always say a version"
+    assert ours(4, url=here, state="DI", model_version=None), "it never got through"
+    assert not ours(4, state="DI", model_version=None)
+
+
+def test_a_worker_that_finds_no_project_of_its_own_says_so_once_and_looks_again(settings, studio, monkeypatch, caplog):
+    studio.backends[3] = [connected(model_version="yolo-8")]
+    told = settings.model_copy(update={"redis_url": "unix:///nowhere", "reconcile_minutes": 1e-9})
+    monkeypatch.setattr("ml_backend.jobs._look_after", lambda *_, **__: None)
+    said = []
+    stop = SimpleNamespace(wait=lambda _: said.append(caplog.text.count("no project of Label Studio")) or len(said) > 3)
+    _keep_up(told, stop)
+    assert said == [0, 1, 1, 1], "at first the web process may still be starting"
+    assert sum(path.startswith("/api/ml?project=3") for path in studio.asked) == 4
+    assert "connect --project ID" in caplog.text
 
 
 def test_a_change_of_classes_that_no_webhook_brought_is_known_afterwards(settings, intake, studio):
