@@ -484,6 +484,8 @@ def score(project: int) -> None:
             log.info("tasks of project %d are scored once the model is loaded", project)
             return
         log.warning("tasks of project %d are not scored until they are asked for again: %s", project, error)
+    except Exception:  # left as asked for, it would fail again every few minutes
+        log.exception("tasks of project %d are not scored until they are asked for again", project)
     if finished:
         _pictureless.pop(project, None)
         if _scorer.cache_info().currsize:

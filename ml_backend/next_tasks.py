@@ -159,8 +159,14 @@ def score_tasks(
         console: where progress is shown; None: nowhere.
 
     Raises:
-        Refusal: Label Studio cannot be reached or does not let us, or the model cannot be loaded.
+        Refusal: the family that serves has no embeddings, Label Studio cannot be reached or does not let us, or the
+            model cannot be loaded.
     """
+    if service.settings.family != LIGHT:
+        raise Refusal(
+            f"next tasks are scored by the light model's embeddings, which GRACO_FAMILY={service.settings.family} has "
+            "none of; serve light, or choose another task sampling than uncertainty in the project's settings"
+        )
     console = console or Console(quiet=True)
     studio = make_fetcher(service.settings)
     about = _get(studio, f"/api/projects/{project}", _Project)

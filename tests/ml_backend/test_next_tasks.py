@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -249,6 +250,17 @@ def test_a_project_that_is_not_there_is_refused_with_what_to_check(label_studio,
         score_tasks(make_service(start=False), 8)
 
 
+def test_a_family_without_embeddings_is_refused_before_anything_is_asked(
+    label_studio, make_service, tmp_path, monkeypatch
+):
+    service = make_service(start=False)
+    monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"family": "graco"}))
+    with pytest.raises(Refusal, match="GRACO_FAMILY=graco has none of; serve light"):
+        score_tasks(service, 3)
+    assert not label_studio.asked
+    assert not service.ready
+
+
 def test_the_command_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("GRACO_DATA_DIR", str(tmp_path))
     result = CliRunner().invoke(app, ["next-tasks", "--project", "3"])
@@ -365,6 +377,25 @@ def test_a_task_without_an_image_is_not_tried_again_in_a_run_that_goes_on(label_
     asked = label_studio.asked["GET /data/upload/3/lost.png"]
     again = score_tasks(make_service(), 3, refused=refused)
     assert (again.refused, again.finished, label_studio.asked["GET /data/upload/3/lost.png"]) == (0, True, asked)
+
+
+def test_a_scoring_that_fails_for_whatever_reason_is_not_begun_again_by_itself(
+    label_studio, tmp_path, monkeypatch, caplog
+):
+    settings = settings_for(tmp_path / "data", label_studio)
+    label_studio.project["sampling"] = SAMPLING
+    ask_for_scores(settings, 3)
+
+    def fail(*args, **more):
+        raise KeyError("embedding")
+
+    monkeypatch.setattr(jobs, "Settings", lambda: settings)
+    monkeypatch.setattr(jobs, "_scorer", functools.cache(lambda: SimpleNamespace(close=lambda: None)))
+    monkeypatch.setattr(next_tasks, "score_tasks", fail)
+    jobs.score(3)
+    assert "tasks of project 3 are not scored until they are asked for again" in caplog.text
+    assert "KeyError: 'embedding'" in caplog.text
+    assert due(settings) == []
 
 
 def test_where_label_studio_is_away_the_scoring_is_given_up_with_a_sentence(label_studio, tmp_path, redis_url):
