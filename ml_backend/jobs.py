@@ -73,7 +73,6 @@ _REDO_ALL_S = 6 * 3600.0  # between reconciliations that look at every task, not
 _SCORE_AGAIN_S = 3600.0  # between scorings by the same version: tasks came, and others were corrected
 _SCORE_S = 60.0  # of one job: corrections that come meanwhile wait as long
 _SCORE_LIMIT_S = 600
-_MOST_SCORED = 500  # unlabelled tasks of a project, the oldest ones
 
 
 def connect(url: str) -> redis.Redis:
@@ -456,7 +455,7 @@ _pictureless: dict[int, set[int]] = defaultdict(set)
 
 def score(project: int) -> None:
     """Score a project's unlabelled tasks for a while; what is left then is queued again, behind what came meanwhile."""
-    from ml_backend.next_tasks import score_tasks, wants_scores
+    from ml_backend.next_tasks import MOST, score_tasks, wants_scores
     from ml_backend.service import CLICKED
     from ml_backend.trainings import Patience
 
@@ -472,7 +471,7 @@ def score(project: int) -> None:
             outcome = score_tasks(
                 _scorer(),
                 project,
-                most=_MOST_SCORED,
+                most=MOST,
                 limit_s=_SCORE_S,
                 refused=_pictureless[project],
                 pause=Patience(settings.data_dir / CLICKED).wait,

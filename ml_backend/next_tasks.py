@@ -9,14 +9,16 @@ The version that Label Studio takes as the project's is moved to the new one whe
 sampling and the version there was ours, or the title of our backend, which no prediction has; never from that of
 another model.
 
-What was computed is kept in DATA/selection/<project>-<version>.jsonl, one line for each task: a second run goes on, and
-looks anew only at tasks whose image's address has changed.
+What was computed is kept in DATA/selection, one line for each task: how unsure a version is of it in
+<project>-<version>.jsonl, and what its images resemble, which is the same for all versions, in
+<project>-features-<encoding>.jsonl. A second run goes on, and looks anew only at tasks whose image's address has
+changed.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import hashlib
 import json
 import logging
@@ -28,7 +30,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -54,6 +56,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MOST = 500
+"""Tasks of a project that count: labelled ones, those annotated last; unlabelled ones, for the worker, the oldest."""
 SAMPLING = "Uncertainty sampling"
 SHARED_OUT = 20  # tasks that get a score where Label Studio draws among them at random
 CLICKS = 8  # places an image is asked at
@@ -94,12 +98,55 @@ class _Annotator(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Look:
-    """What was seen of a task: how unsure the network is of its image, and what it resembles."""
+    """How unsure a version is of a task: of that of its images that it is least sure of."""
 
     task: int
     images: str  # digest of the addresses
-    uncertainty: Uncertainty | None  # None: not asked for, since the task is labelled
-    feature: npt.NDArray[np.float32]
+    uncertainty: Uncertainty
+    place: int  # of that image among the task's
+
+    def line(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> Look:
+        """Return what `line` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it did not, or not this version of it.
+        """
+        return cls(
+            task=int(record["task"]),
+            images=str(record["images"]),
+            uncertainty=Uncertainty(**record["uncertainty"]),
+            place=int(record["place"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Likeness:
+    """What a task's images resemble."""
+
+    task: int
+    images: str  # digest of the addresses
+    features: npt.NDArray[np.float32]  # one for each image, N, _WIDTH
+
+    def line(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        features = base64.b64encode(self.features.astype("<f2").tobytes()).decode()
+        return {"task": self.task, "images": self.images, "features": features}
+
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> Likeness:
+        """Return what `line` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it did not, or not this version of it.
+        """
+        numbers = np.frombuffer(base64.b64decode(record["features"], validate=True), "<f2").astype(np.float32)
+        features = numbers.reshape(-1, _WIDTH)
+        return cls(task=int(record["task"]), images=str(record["images"]), features=features)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,14 +221,18 @@ def score_tasks(
     serving = service.serving(project)
     version = serving.model_version
     unlabelled = list(islice(_tasks(studio, project, labelled=False), most))
-    labelled = list(_tasks(studio, project, labelled=True))
-    looks = _Looks(service.settings.data_dir / "selection" / f"{project}-{version}.jsonl")
+    labelled = list(islice(_tasks(studio, project, labelled=True), MOST))
+    folder = service.settings.data_dir / "selection"
+    looks = _Kept(folder / f"{project}-{version}.jsonl", Look.read)
+    likenesses = _Kept(folder / f"{project}-features-{serving.segmenter.encoding}.jsonl", Likeness.read)
     refused = set() if refused is None else refused
     hopeless = len(refused)
     until_s = float("inf") if limit_s is None else time.monotonic() + limit_s
-    missing = [t for t in unlabelled if t.id not in refused and looks.get(config, t, unsure=True) is None]
-    wanted = [(task, True) for task in missing[:limit]]
-    wanted += [(t, False) for t in labelled if t.id not in refused and looks.get(config, t, unsure=False) is None]
+    unlike = [t for t in (*unlabelled, *labelled) if t.id not in refused and likenesses.get(config, t) is None]
+    unseen = {task.id for task in unlike}
+    missing = [t for t in unlabelled if t.id in unseen or (t.id not in refused and looks.get(config, t) is None)]
+    wanted = [(task, False) for task in labelled if task.id in unseen]
+    wanted += [(task, True) for task in missing[:limit]]  # opened next: encoded last, they are kept longest
     looked = 0
     with progress_bar(console) as bar:
         for task, unsure in bar.track(wanted, description="looking"):
@@ -190,12 +241,16 @@ def score_tasks(
             looked += 1
             pause()
             try:
-                looks.add(_look(service, serving.segmenter, config, task, clicks if unsure else 0))
+                look, likeness = _look(service, serving.segmenter, config, task, clicks if unsure else 0)
+                if task.id in unseen:
+                    likenesses.add(likeness)
+                if look is not None:
+                    looks.add(look)
             except Refusal as refusal:
                 refused.add(task.id)
                 log.warning("task %d has no score: %s", task.id, refusal)
         in_time = looked == len(wanted)
-        scores = _scores(looks, config, unlabelled, labelled) if in_time else {}
+        scores = _scores(looks, likenesses, config, unlabelled, labelled) if in_time else {}
         several = len(_get(studio, f"/api/projects/{project}/annotators/", list[_Annotator])) > 1
         if best is None:
             best = SHARED_OUT if several else len(scores)
@@ -251,10 +306,11 @@ def _follows(about: _Project, studio: Fetcher, settings: Settings) -> bool:
 
 
 def _tasks(studio: Fetcher, project: int, *, labelled: bool) -> Iterator[_Task]:
-    """Yield a project's tasks, oldest first; the unlabelled ones with their predictions."""
+    """Yield a project's unlabelled tasks, oldest first, with predictions; or the labelled, annotated last first."""
     counted = {"filter": "filter:tasks:total_annotations", "type": "Number", "value": 0}
     items = [counted | {"operator": "greater" if labelled else "equal"}]
-    query = {"filters": {"conjunction": "and", "items": items}, "ordering": ["tasks:id"]}
+    order = "-tasks:completed_at" if labelled else "tasks:id"
+    query = {"filters": {"conjunction": "and", "items": items}, "ordering": [order]}
     fields = "task_only" if labelled else "all"
     path = f"/api/tasks?project={project}&page_size={_PAGE}&fields={fields}&resolve_uri=false"
     page, seen, total = 1, 0, 1
@@ -274,15 +330,23 @@ def _images_digest(images: Sequence[TaskImage]) -> str:
     return hashlib.sha256(json.dumps([image.uri for image in images]).encode()).hexdigest()[:16]
 
 
-def _look(service: Service, segmenter: Segmenter, config: LabelConfig, task: _Task, clicks: int) -> Look:
-    """Look at a task's images; of several the one the network is least sure of stands for the task.
+def _look(
+    service: Service, segmenter: Segmenter, config: LabelConfig, task: _Task, clicks: int
+) -> tuple[Look | None, Likeness]:
+    """Look at a task's images; with no click allowed the network is not asked how unsure it is.
 
-    With no click allowed it is not asked how unsure it is.
+    Raises:
+        Refusal: one of them cannot be had.
     """
     images = _images(config, task)
+    digest = _images_digest(images)
     seen = [look_at(service, segmenter, image, clicks) for image in images]
-    found, vector = max(seen, key=lambda one: one[0].value if one[0] else 0.0)
-    return Look(task=task.id, images=_images_digest(images), uncertainty=found, feature=vector)
+    likeness = Likeness(task=task.id, images=digest, features=np.stack([vector for _, vector in seen]))
+    unsure = [(found, place) for place, (found, _) in enumerate(seen) if found is not None]
+    if not unsure:
+        return None, likeness
+    most, place = max(unsure, key=lambda one: one[0].value)
+    return Look(task=task.id, images=digest, uncertainty=most, place=place), likeness
 
 
 def look_at(
@@ -299,36 +363,39 @@ def look_at(
     return found, feature(encoded)
 
 
-class _Looks:
-    """Looks by task, in memory and in a file that only grows."""
+class _Record(Protocol):
+    @property
+    def task(self) -> int: ...
+    @property
+    def images(self) -> str: ...
+    def line(self) -> dict[str, Any]: ...
 
-    def __init__(self, path: Path) -> None:
+
+R = TypeVar("R", bound=_Record)
+
+
+class _Kept(Generic[R]):
+    """What is known by task, in memory and in a file that only grows."""
+
+    def __init__(self, path: Path, read: Callable[[dict[str, Any]], R]) -> None:
         self._path = path
-        self._known: dict[int, Look] = {}
+        self._known: dict[int, R] = {}
         if path.exists():
             for line in path.read_bytes().split(b"\n"):
-                look = _read_look(line)
-                if look is not None:
-                    self._known[look.task] = look
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, or of another version of this
+                    record = read(json.loads(line))
+                    self._known[record.task] = record
 
-    def get(self, config: LabelConfig, task: _Task, *, unsure: bool) -> Look | None:
+    def get(self, config: LabelConfig, task: _Task) -> R | None:
         """Return what is known of a task, unless its images have changed."""
-        look = self._known.get(task.id)
-        if look is None or (unsure and look.uncertainty is None):
-            return None
-        return look if look.images == _images_digest(_images(config, task)) else None
+        known = self._known.get(task.id)
+        return known if known is not None and known.images == _images_digest(_images(config, task)) else None
 
-    def add(self, look: Look) -> None:
-        self._known[look.task] = look
-        record = {
-            "task": look.task,
-            "images": look.images,
-            "uncertainty": None if look.uncertainty is None else asdict(look.uncertainty),
-            "feature": base64.b64encode(look.feature.astype("<f2").tobytes()).decode(),
-        }
+    def add(self, record: R) -> None:
+        self._known[record.task] = record
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
-            file.write(b"\n" * _is_torn(self._path) + json.dumps(record).encode() + b"\n")
+            file.write(b"\n" * _is_torn(self._path) + json.dumps(record.line()).encode() + b"\n")
 
 
 def _is_torn(path: Path) -> bool:
@@ -340,35 +407,22 @@ def _is_torn(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-def _read_look(line: bytes) -> Look | None:
-    try:
-        record = json.loads(line)
-        vector = np.frombuffer(base64.b64decode(record["feature"], validate=True), "<f2").astype(np.float32)
-        found = record["uncertainty"]
-        if vector.shape != (_WIDTH,):
-            return None
-        return Look(
-            task=int(record["task"]),
-            images=str(record["images"]),
-            uncertainty=None if found is None else Uncertainty(**found),
-            feature=vector,
-        )
-    except (ValueError, KeyError, TypeError, binascii.Error):  # half a line, or of another version of this code
-        return None
-
-
 def _scores(
-    looks: _Looks, config: LabelConfig, unlabelled: Sequence[_Task], labelled: Sequence[_Task]
+    looks: _Kept[Look],
+    likenesses: _Kept[Likeness],
+    config: LabelConfig,
+    unlabelled: Sequence[_Task],
+    labelled: Sequence[_Task],
 ) -> dict[int, float]:
     """Return the score of each task that was looked at, most useful first."""
-    found = {task.id: looks.get(config, task, unsure=True) for task in unlabelled}
-    known = {task: look for task, look in found.items() if look is not None}
-    corrected = [look for task in labelled if (look := looks.get(config, task, unsure=False)) is not None]
-    return priorities(
-        {task: look.uncertainty.value for task, look in known.items() if look.uncertainty is not None},
-        {task: look.feature for task, look in known.items()},
-        np.stack([look.feature for look in corrected]) if corrected else np.empty((0, _WIDTH), np.float32),
-    )
+    unsure, features = {}, {}
+    for task in unlabelled:
+        look, likeness = looks.get(config, task), likenesses.get(config, task)
+        if look is not None and likeness is not None:
+            unsure[task.id] = look.uncertainty.value
+            features[task.id] = likeness.features[look.place]
+    corrected = [likeness.features[0] for task in labelled if (likeness := likenesses.get(config, task)) is not None]
+    return priorities(unsure, features, np.stack(corrected) if corrected else np.empty((0, _WIDTH), np.float32))
 
 
 def _write(studio: Fetcher, task: _Task, version: str, score: float | None, regions: Callable[[], list[Any]]) -> None:

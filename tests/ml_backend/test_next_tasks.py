@@ -40,7 +40,8 @@ class Studio:
         self.project["sampling"] = "Sequential sampling"
         self.files = {f"/data/upload/3/{name}.png": picture(*size) for name, size in SIZES.items()}
         self.tasks = {n: {"image": uri} for n, uri in enumerate(self.files, 1)}
-        self.annotated, self.annotators, self.predictions = set(), [1], {}
+        self.annotators, self.predictions = [1], {}
+        self.annotated = []  # tasks, the one annotated last at the end
         self.backends = [{"id": 1, "url": "http://localhost:9090", "title": "GraCo"}]
         self.asked, self.broken = Counter(), set()
         outer = self
@@ -103,7 +104,11 @@ class Studio:
     def _page(self, query):
         (item,) = json.loads(query["query"][0])["filters"]["items"]
         assert (item["filter"], query["resolve_uri"]) == ("filter:tasks:total_annotations", ["false"])
-        wanted = [n for n in sorted(self.tasks) if (n in self.annotated) == (item["operator"] == "greater")]
+        if item["operator"] == "greater":
+            assert json.loads(query["query"][0])["ordering"] == ["-tasks:completed_at"]
+            wanted = self.annotated[::-1]
+        else:
+            wanted = [n for n in sorted(self.tasks) if n not in self.annotated]
         page, size = int(query["page"][0]), int(query["page_size"][0])
         shown = []
         for n in wanted[(page - 1) * size : page * size]:
@@ -158,7 +163,7 @@ def test_the_label_stream_follows_the_scores_once_the_sampling_is_set(label_stud
     assert all(p["result"] == [] for p in label_studio.predictions.values())
     for task in sorted(given, key=given.get):
         assert label_studio.next_task() == task
-        label_studio.annotated.add(task)
+        label_studio.annotated.append(task)
     assert label_studio.next_task() is None
 
 
@@ -187,8 +192,8 @@ def test_a_run_that_was_killed_while_it_wrote_is_gone_on_with(label_studio, make
     label_studio.broken.add("POST /api/predictions")
     with pytest.raises(Refusal, match="answered 500"):
         score_tasks(make_service(), 3)
-    (file,) = (tmp_path / "data" / "selection").iterdir()
-    file.write_bytes(file.read_bytes()[:-100])  # the last line ends in its middle
+    for file in (tmp_path / "data" / "selection").iterdir():
+        file.write_bytes(file.read_bytes()[:-100])  # the last line ends in its middle
     label_studio.broken.clear()
     outcome = score_tasks(make_service(), 3)
     assert (outcome.looked, outcome.scored) == (1, 3)
@@ -227,14 +232,36 @@ def test_where_several_annotate_only_the_most_useful_tasks_are_in_the_draw(label
 
 
 def test_what_was_corrected_already_is_looked_at_for_its_likeness_alone(label_studio, make_service, tmp_path):
-    label_studio.annotated.add(1)
+    label_studio.annotated.append(1)
     label_studio.tasks[4] = dict(label_studio.tasks[1])  # the same image once more
     outcome = score_tasks(make_service(), 3)
     assert outcome.looked == 4
     assert set(scores(label_studio, outcome.version)) == {2, 3, 4}
-    (file,) = (tmp_path / "data" / "selection").iterdir()
-    unsure = {line["task"]: line["uncertainty"] for line in map(json.loads, file.read_text().splitlines())}
-    assert [task for task, found in unsure.items() if found is None] == [1]
+    features, looks = sorted((tmp_path / "data" / "selection").iterdir(), key=lambda path: "features" not in path.name)
+    assert kept_tasks(features) == {1, 2, 3, 4}
+    assert kept_tasks(looks) == {2, 3, 4}
+
+
+def test_of_what_was_corrected_the_annotated_last_are_looked_at_once_and_not_again_by_each_version(
+    label_studio, make_service, tmp_path, monkeypatch, registry
+):
+    monkeypatch.setattr(next_tasks, "MOST", 2)
+    label_studio.tasks |= {n: {"image": label_studio.tasks[1]["image"] + f"?{n}"} for n in range(4, 8)}
+    label_studio.annotated = [6, 4, 7, 5]  # in this order
+    first = score_tasks(make_service(), 3)
+    assert first.looked == 3 + 2
+    (features,) = (tmp_path / "data" / "selection").glob("3-features-*.jsonl")
+    assert kept_tasks(features) == {1, 2, 3, 5, 7}
+    written = features.read_bytes()
+    registry.publish("project-3", BUNDLED_ADAPTER, card={}, activate=True)
+    second = score_tasks(make_service(), 3)
+    assert second.version != first.version
+    assert (second.looked, set(scores(label_studio, second.version))) == (3, {1, 2, 3})
+    assert features.read_bytes() == written
+
+
+def kept_tasks(file):
+    return {json.loads(line)["task"] for line in file.read_text().splitlines()}
 
 
 def test_where_tasks_are_prelabelled_the_scored_prediction_holds_the_regions(label_studio, make_service):
