@@ -25,7 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -92,23 +92,33 @@ def enqueue_encoding(connection: redis.Redis, images: Sequence[TaskImage]) -> No
 
 
 def encode_later(service: Service, images: list[TaskImage]) -> int:
-    """Have images encoded by the worker, or by this process where no Redis answers. Returns how many are queued."""
+    """Have images encoded by the worker, or by this process where no Redis answers; nobody waits for Redis.
+
+    Returns:
+        How many are to be encoded.
+    """
     settings = service.settings
     images = [image for image in images if image.uri[:5].lower() != "data:"]  # megabytes, and no fetch to spare
     if settings.redis_url is not None and settings.embedding_disk_mb:  # a worker hands over through files alone
-        try:
-            with connect(settings.redis_url) as connection:
-                enqueue_encoding(connection, images)
-            return len(images)
-        except redis.RedisError as error:
-            log.warning(
-                "Redis does not answer (%s): images are encoded by this process, as many as it can queue", error
-            )
+        service.hand_over.encode(images, otherwise=partial(_encode_here, service, images))
+        return len(images)
+    return _encode_here(service, images)
+
+
+def _encode_here(service: Service, images: Sequence[TaskImage]) -> int:
     return sum(service.warm(image) for image in images)
 
 
+@dataclass(frozen=True, slots=True)
+class _Errand:
+    """What is to be told to Redis."""
+
+    tell: Callable[[redis.Redis], object]
+    otherwise: Callable[[], object] | None = None  # to be done where Redis does not answer; None: it waits in the inbox
+
+
 class HandOver:
-    """Tells the worker of events, from a thread of its own: no webhook waits for Redis, however slow that is.
+    """Tells the worker of events and imports, from a thread of its own: no request waits for Redis, however slow it is.
 
     Where the ledger is elsewhere, events and answers themselves are handed over, and what could not be is tried again.
     """
@@ -118,14 +128,18 @@ class HandOver:
         self._settings = settings
         self._inbox = inbox
         self._away = settings.ledger == "elsewhere"
-        self._tasks: queue.SimpleQueue[Callable[[redis.Redis], object] | None] = queue.SimpleQueue()
+        self._errands: queue.SimpleQueue[_Errand | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
     def put(self, key: str) -> None:
         """Have an event of the inbox taken in."""
         task = partial(send_events, inbox=self._inbox) if self._away else partial(enqueue_ingest, keys=[key])
-        self._put(partial(contextvars.copy_context().run, task, self._settings))
+        self._put(partial(task, self._settings))
+
+    def encode(self, images: Sequence[TaskImage], *, otherwise: Callable[[], object]) -> None:
+        """Have images encoded by the worker; `otherwise` is called where Redis does not answer, from the thread."""
+        self._put(partial(enqueue_encoding, images=images), otherwise)
 
     def tell(self, answers: Sequence[Answer]) -> None:
         """Have answers remembered where the ledger is, if that is elsewhere."""
@@ -142,10 +156,10 @@ class HandOver:
         with self._starting:
             if self._thread is not None:
                 self._forget()
-                self._tasks.put(None)
+                self._errands.put(None)
                 self._thread.join()
 
-    def _put(self, task: Callable[[redis.Redis], object]) -> None:
+    def _put(self, tell: Callable[[redis.Redis], object], otherwise: Callable[[], object] | None = None) -> None:
         if self._settings.redis_url is None:
             return
         with self._starting:
@@ -154,37 +168,48 @@ class HandOver:
                     target=self._run, args=[self._settings.redis_url], name="hand-over", daemon=True
                 )
                 self._thread.start()
-        self._tasks.put(task)
+        here = contextvars.copy_context()  # names the request in the job
+        self._errands.put(_Errand(lambda connection: here.run(tell, connection), otherwise))
 
     def _run(self, url: str) -> None:
         with connect(url) as connection:
-            while (task := self._next()) is not None:
+            while (errand := self._next()) is not None:
                 try:
-                    task(connection)
+                    errand.tell(connection)
                 except redis.RedisError as error:
-                    waiting = 1 + self._forget()
-                    log.warning(
-                        "Redis does not answer (%s): %d events wait in the inbox until the worker looks there",
-                        *(error, waiting),
-                    )
+                    self._do_without([errand, *self._forget()], error)
                 except Exception:
                     log.exception("an event waits in the inbox until the worker looks there")
 
-    def _next(self) -> Callable[[redis.Redis], object] | None:
-        try:
-            return self._tasks.get(timeout=_DRAIN_S if self._away else None)
-        except queue.Empty:
-            return partial(send_events, self._settings, inbox=self._inbox)
+    def _do_without(self, errands: Sequence[_Errand], error: redis.RedisError) -> None:
+        imports = [errand.otherwise for errand in errands if errand.otherwise is not None]
+        if waiting := len(errands) - len(imports):
+            log.warning(
+                "Redis does not answer (%s): %d events wait in the inbox until the worker looks there", error, waiting
+            )
+        if imports:
+            log.warning(
+                "Redis does not answer (%s): images are encoded by this process, as many as it can queue", error
+            )
+        for otherwise in imports:
+            otherwise()
 
-    def _forget(self) -> int:
-        """Take back what is still to be handed over, and return how much it was."""
-        forgotten = 0
+    def _next(self) -> _Errand | None:
+        try:
+            return self._errands.get(timeout=_DRAIN_S if self._away else None)
+        except queue.Empty:
+            return _Errand(partial(send_events, self._settings, inbox=self._inbox))
+
+    def _forget(self) -> list[_Errand]:
+        """Take back what is still to be handed over, and return it."""
+        forgotten = []
         with contextlib.suppress(queue.Empty):
             while True:
-                if self._tasks.get_nowait() is None:
-                    self._tasks.put(None)
-                    return forgotten
-                forgotten += 1
+                errand = self._errands.get_nowait()
+                if errand is None:
+                    self._errands.put(None)
+                    break
+                forgotten.append(errand)
         return forgotten
 
 

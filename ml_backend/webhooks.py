@@ -56,12 +56,12 @@ def handle_event(service: Service, event: EventBody, body: bytes) -> dict[str, A
     if event.action == "START_TRAINING":
         return start_training(service, msgspec.json.decode(event.project))
     answer: dict[str, Any] = {"status": "ok"}
+    tasks: list[dict[str, Any]] = []
     keep = event.action in ACTIONS
     if event.action == "TASKS_CREATED":
-        tasks = msgspec.json.decode(event.tasks)
-        tasks = [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
+        found = msgspec.json.decode(event.tasks)
+        tasks = [task for task in found if isinstance(task, dict)] if isinstance(found, list) else []
         keep = any(task.get("annotations") for task in tasks)
-        answer["queued"] = _encode_tasks(service, msgspec.json.decode(event.project), tasks)
     if event.action == "PROJECT_UPDATED":
         project = msgspec.json.decode(event.project)
         keep = isinstance(project, dict)
@@ -70,6 +70,8 @@ def handle_event(service: Service, event: EventBody, body: bytes) -> dict[str, A
         service.hand_over.put(service.inbox.add(body, event.action))
     else:
         log.debug("event %s brings nothing to keep", event.action if _ACTION.fullmatch(event.action) else "of no kind")
+    if event.action == "TASKS_CREATED":  # what it brought is safe by now
+        answer["queued"] = _encode_tasks(service, msgspec.json.decode(event.project), tasks)
     return answer
 
 

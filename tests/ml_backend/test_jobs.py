@@ -74,6 +74,7 @@ def test_an_import_is_encoded_by_the_worker_and_the_first_click_of_the_next_serv
     event["tasks"].append(event["tasks"][0] | {"id": 9, "data": {"image": "/data/upload/8/nowhere.png"}})
     answer = create_app(web).test_client().post("/webhook", json=event)
     assert answer.json["queued"] == 3
+    wait_until(lambda: queue(connection).count == 1)
     done = worker(web.settings.data_dir, label_studio, redis_url)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
@@ -111,10 +112,12 @@ def test_a_spread_makes_one_job_per_image_and_jobs_carry_json(connection, redis_
 
 def test_a_full_redis_is_a_redis_that_does_not_answer(make_service, redis_url, connection, monkeypatch, caplog):
     service = make_service(start=False, redis_url=redis_url)
-    monkeypatch.setattr(service, "warm", lambda image: True)
+    warmed = []
+    monkeypatch.setattr(service, "warm", lambda image: warmed.append(image) or True)
     connection.config_set("maxmemory", 1)
     try:
         assert encode_later(service, [TaskImage(1, "/data/upload/1/a.jpg")]) == 1
+        wait_until(lambda: warmed)
     finally:
         connection.config_set("maxmemory", 0)
     assert "Redis does not answer" in caplog.text
@@ -211,5 +214,7 @@ def test_no_connection_stays_open(make_service, redis_url, connection):
     service = make_service(start=False, redis_url=redis_url)
     before = len(connection.client_list())
     encode_later(service, [TaskImage(1, "/data/upload/1/a.jpg")])
+    wait_until(lambda: queue(connection).count == 1)
+    service.hand_over.close()
     with redis.Redis.from_url(redis_url):
         wait_until(lambda: len(connection.client_list()) == before, limit_s=5)  # Redis may learn a moment later

@@ -9,6 +9,7 @@ import redis
 from rq import Queue
 from rq.serializers import JSONSerializer
 
+from ml_backend import webhooks
 from ml_backend.app import create_app
 from ml_backend.jobs import CORRECTIONS, ENCODE
 from ml_backend.trainings import folder_of
@@ -72,6 +73,17 @@ def test_an_import_is_kept_when_it_carries_annotations(quiet, quiet_client, monk
     event["tasks"][0]["annotations"] = [recorded("40")["annotation"]]
     assert send(quiet_client, event).json == {"status": "ok", "queued": 1}
     assert [action for action, _ in kept(quiet)] == ["TASKS_CREATED"]
+
+
+def test_the_annotations_of_an_import_are_written_down_before_its_images_are_thought_of(
+    quiet, quiet_client, monkeypatch
+):
+    held = []
+    monkeypatch.setattr(webhooks, "read_config", lambda text: held.append(quiet.inbox.counts()["undone"]) or 1 / 0)
+    event = recorded("03")
+    event["tasks"][0]["annotations"] = [recorded("40")["annotation"]]
+    send(quiet_client, event)
+    assert held == [1]
 
 
 def test_an_event_is_handed_to_the_worker_under_a_name_that_tells_its_work(make_service, redis_url):
@@ -159,10 +171,10 @@ def test_imported_tasks_are_queued_in_redis_by_one_write(make_service, redis_url
     start = time.perf_counter()
     assert send(client, event).json == {"status": "ok", "queued": 4999}
     assert time.perf_counter() - start < 1
-    with redis.Redis.from_url(redis_url) as connection:
-        assert connection.llen(f"rq:queue:{ENCODE}") == 1
     assert send(client, event).json["queued"] == 4999
+    send(client, recorded("40"))  # handed over after these
     with redis.Redis.from_url(redis_url) as connection:
+        wait_until(lambda: connection.llen(f"rq:queue:{CORRECTIONS}") == 1)
         assert connection.llen(f"rq:queue:{ENCODE}") == 1, "the same import is the same job"
 
 
@@ -173,20 +185,26 @@ def test_with_redis_gone_imported_tasks_are_encoded_by_the_web_process_and_nobod
     start = time.perf_counter()
     assert send(client, recorded("03")).json == {"status": "ok", "queued": 1}
     assert time.perf_counter() - start < 1
-    assert "Redis does not answer" in caplog.text
-    wait_until(lambda: not service._waiting, limit_s=60)
+    wait_until(lambda: service._cache is not None and service._cache._memory, limit_s=60)
     assert len(service._cache._memory) == 1
+    assert "Redis does not answer" in caplog.text
 
 
-def test_a_redis_that_hangs_holds_nobody_up_for_a_second(make_service, monkeypatch):
+def test_a_redis_that_hangs_holds_no_import_up(make_service, monkeypatch):
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
         service = make_service(start=False, redis_url=f"redis://127.0.0.1:{deaf.getsockname()[1]}/0")
-        monkeypatch.setattr(service, "warm", lambda image: True)
+        warmed, client, event = [], create_app(service).test_client(), recorded("03")
+        monkeypatch.setattr(service, "warm", lambda image: warmed.append(image) or True)
+        event["tasks"][0]["annotations"] = [recorded("40")["annotation"]]
         start = time.perf_counter()
-        assert send(create_app(service).test_client(), recorded("03")).json["queued"] == 1
-        assert time.perf_counter() - start < 1
+        for number in range(10):
+            event["tasks"][0]["id"] = number
+            assert send(client, event).json["queued"] == 1
+        assert time.perf_counter() - start < 3, "ten attempts to connect take four"
+        assert service.inbox.counts()["undone"] == 10
+        wait_until(lambda: len(warmed) == 10)
 
 
 @pytest.mark.parametrize(
