@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 CORRECTIONS = "corrections"
 ENCODE = "encode"
 _LIMIT_S = 120
+_ENCODED_MB = 5.5  # on the disk, of the largest photos
 _KEEP_FAILED_S = 600  # its id is taken as long, and the image not tried again
 _RECEIVE = "receive-"  # begins the id of a job that brings an event of another machine
 _KEEP_RECEIVED_S = 30 * 86400  # an event of another machine that could not be written here: there is no other copy
@@ -94,15 +95,30 @@ def enqueue_encoding(connection: redis.Redis, images: Sequence[TaskImage]) -> No
 def encode_later(service: Service, images: list[TaskImage]) -> int:
     """Have images encoded by the worker, or by this process where no Redis answers; nobody waits for Redis.
 
+    Of more images than the disk may hold the first ones are: further ones would push these out before they are opened.
+
     Returns:
         How many are to be encoded.
     """
     settings = service.settings
     images = [image for image in images if image.uri[:5].lower() != "data:"]  # megabytes, and no fetch to spare
     if settings.redis_url is not None and settings.embedding_disk_mb:  # a worker hands over through files alone
+        images = _as_fit(settings, images)
         service.hand_over.encode(images, otherwise=partial(_encode_here, service, images))
         return len(images)
     return _encode_here(service, images)
+
+
+def _as_fit(settings: Settings, images: list[TaskImage]) -> list[TaskImage]:
+    """Return the first of the images, as many as the disk may hold encoded."""
+    fit = int(settings.embedding_disk_mb / _ENCODED_MB)
+    if len(images) > fit:
+        log.warning(
+            "%d of %d images are not encoded ahead, since GRACO_EMBEDDING_DISK_MB=%d holds some %d: their first click "
+            "takes longer",
+            *(len(images) - fit, len(images), settings.embedding_disk_mb, fit),
+        )
+    return images[:fit]
 
 
 def _encode_here(service: Service, images: Sequence[TaskImage]) -> int:

@@ -124,6 +124,17 @@ def test_a_full_redis_is_a_redis_that_does_not_answer(make_service, redis_url, c
     assert queue(connection).count == 0
 
 
+def test_of_more_images_than_the_disk_holds_the_first_are_encoded_ahead(make_service, redis_url, connection, caplog):
+    service = make_service(start=False, redis_url=redis_url, embedding_disk_mb=22)
+    images = [TaskImage(n, f"/data/upload/1/{n}.jpg") for n in range(30)]
+    assert encode_later(service, images[:4]) == 4
+    assert "not encoded ahead" not in caplog.text
+    assert encode_later(service, images) == 4
+    assert "26 of 30 images are not encoded ahead, since GRACO_EMBEDDING_DISK_MB=22 holds some 4" in caplog.text
+    wait_until(lambda: queue(connection).count == 1)
+    assert queue(connection).jobs[0].args == [[[n, f"/data/upload/1/{n}.jpg"] for n in range(4)]]
+
+
 def test_without_files_to_hand_over_by_nothing_is_queued(make_service, redis_url, connection, monkeypatch):
     service = make_service(start=False, redis_url=redis_url, embedding_disk_mb=0)
     warmed = []

@@ -164,7 +164,8 @@ def test_every_recorded_event_is_answered_within_label_studios_second(client, na
 
 
 def test_imported_tasks_are_queued_in_redis_by_one_write(make_service, redis_url):
-    client = create_app(make_service(start=False, redis_url=redis_url)).test_client()
+    service = make_service(start=False, redis_url=redis_url, embedding_disk_mb=30_000)
+    client = create_app(service).test_client()
     event = recorded("03")
     event["tasks"] = [event["tasks"][0] | {"id": n, "data": {"image": f"/data/upload/1/{n}.jpg"}} for n in range(5000)]
     event["tasks"][7]["data"] = {}
