@@ -19,6 +19,7 @@ import numpy as np
 
 from active_learning.corrections import CorrectionStore, Snapshot
 from active_learning.dataset import EmbeddingFiles, photos_of
+from active_learning.folders import write_whole
 from active_learning.gate import Margins, Objects, Verdict, curves_of, judge, objects_of, write_verdict
 from active_learning.images import ImageStore
 from active_learning.learn import LearningConfig, Trainable, blended, learn, write_untrained
@@ -104,10 +105,11 @@ def run(
         snapshot = _snapshot(place.store, folder, project_of(status.line), watch)
         if not snapshot.corrections:
             return watch.end("nothing new", "there are no corrections yet")
+        instead_of = _instead_of(place.registry, status.line, folder)
+        made = _made(place.registry, status.line, snapshot)
+        if made is not None:
+            return _end_with(place.registry, watch, made)
         base = place.segmenter.digest
-        made = [v for v in place.registry.versions(status.line) if (v.snapshot, v.base) == (snapshot.id, base)]
-        if made:
-            return _end_with(place.registry, watch, made[-1])
         parent = _serving(place.registry, status.line)
         incumbent = place.configured if parent is None else place.registry.path(parent)
         begin = incumbent or place.bundled or _untrained(place.segmenter, folder)
@@ -137,7 +139,7 @@ def run(
             verdict = judge_candidate(candidate)
             if verdict.decision != "rejected":
                 break
-        return _publish(place.registry, watch, verdict, candidate, parent, folder, config, limits)
+        return _publish(place.registry, watch, verdict, candidate, parent, instead_of, folder, config, limits)
     except Cancelled:
         return watch.end("cancelled", "it was cancelled")
     except Refusal as refusal:
@@ -229,6 +231,31 @@ def _snapshot(store: CorrectionStore, folder: Path, project: str | None, watch: 
     return snapshot
 
 
+def _instead_of(registry: AdapterRegistry, line: str, folder: Path) -> str | None:
+    """Return what ACTIVE said at this training's first attempt: what was activated since then is not replaced.
+
+    That is so whether the version it names can serve or not: a damaged one is passed over, and replaced.
+    """
+    path = folder / "instead-of.json"
+    if not path.is_file():
+        write_whole(path, json.dumps(registry.active_text(line)))
+    named: str | None = json.loads(path.read_text())
+    return named
+
+
+def _made(registry: AdapterRegistry, line: str, snapshot: Snapshot) -> AdapterVersion | None:
+    """Return the newest version that a snapshot gave and that can serve: whole, and of this base."""
+    for version in reversed(registry.versions(line)):
+        if version.snapshot != snapshot.id:
+            continue
+        try:
+            registry.intact(version)
+            return version
+        except Refusal as refusal:
+            log.warning("what these corrections gave before does not count: %s", refusal)
+    return None
+
+
 def _serving(registry: AdapterRegistry, line: str) -> AdapterVersion | None:
     """Return the version that serves a line, whole and of this base; None: the configured adapter does."""
     for name in (line, SHARED):
@@ -268,7 +295,7 @@ def _end_with(registry: AdapterRegistry, watch: _Watch, version: AdapterVersion)
             f"version {version.id} was already trained on exactly these {watch.status.masks} corrections",
             version=version.id,
         )
-    if card["serves"] and registry.active_id(version.line) == card["instead_of"]:
+    if card["serves"] and registry.active_text(version.line) == card["instead_of"]:
         registry.activate(version.line, version.id, by="training")
     return _ended(registry, watch, version, serves=card["serves"])
 
@@ -339,6 +366,7 @@ def _publish(
     verdict: Verdict,
     candidate: Path,
     parent: AdapterVersion | None,
+    instead_of: str | None,
     folder: Path,
     config: LearningConfig,
     limits: Limits,
@@ -346,7 +374,6 @@ def _publish(
     status = watch.status
     unjudged = verdict.decision == "too-few"
     serves = verdict.accepted or (unjudged and limits.too_few == "publish")
-    instead_of = None if parent is None or parent.line != status.line else parent.id
     scores = {"hold-out": verdict.holdout, "reference": verdict.reference}
     version = registry.publish(
         status.line,
@@ -378,7 +405,7 @@ def _publish(
 def _ended(registry: AdapterRegistry, watch: _Watch, version: AdapterVersion, *, serves: bool) -> TrainingStatus:
     """End as the verdict was, and as it was carried out."""
     wait = f"It waits for you: python -m ml_backend adapters activate {version.line} {version.id}"
-    if serves and registry.active_id(version.line) == version.id:
+    if serves and registry.active_text(version.line) == version.id:
         return watch.end("published", version.note, version=version.id)
     if serves:
         return watch.end("kept", f"{version.note} Another version was activated meanwhile. {wait}", version=version.id)

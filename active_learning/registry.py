@@ -155,13 +155,17 @@ class AdapterRegistry:
         Raises:
             Refusal: it holds no version's id.
         """
-        try:
-            text = (self._line_folder(line) / ACTIVE).read_bytes()[:100].decode("ascii", "replace").strip()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        if not _VERSION.fullmatch(text):
+        text = self.active_text(line)
+        if text is not None and not _VERSION.fullmatch(text):
             raise Refusal(f"{ACTIVE} of line {line} names no version; run: python -m ml_backend adapters activate")
         return text
+
+    def active_text(self, line: str) -> str | None:
+        """Return what ACTIVE says, be it a version's id or not, or None where there is none."""
+        try:
+            return (self._line_folder(line) / ACTIVE).read_bytes()[:100].decode("ascii", "replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def active(self, line: str) -> AdapterVersion | None:
         """Return the version of a line that serves; None: none of its own.
@@ -191,7 +195,7 @@ class AdapterRegistry:
             card: JSON-able: the fields of `AdapterVersion` that are known (parent, snapshot, recipe, seed, accepted,
                 scores, note, created_s) and whatever else is worth keeping.
             activate: whether it serves from now on.
-            instead_of: only where this version of the line serves now (None: none of it does); unset: in any case.
+            instead_of: only where ACTIVE says this now, see `active_text` (None: it is not there); unset: in any case.
             folder_of_pictures: files to keep beside the card: png, jpg, svg, json; no folders.
             by: who, for the history.
 
@@ -212,7 +216,7 @@ class AdapterRegistry:
                 version = known
             else:
                 self._keep(draft, version, card, folder_of_pictures)
-            if activate and (instead_of is ... or self.active_id(line) == instead_of):
+            if activate and (instead_of is ... or self.active_text(line) == instead_of):
                 self._set_active(line, version.id, by=by)
         return version
 

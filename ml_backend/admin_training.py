@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from flask import Blueprint, flash, render_template
 from markupsafe import Markup
 
+from active_learning.registry import AdapterRegistry
 from active_learning.status import TrainingStatus
 from ml_backend import charts
 from ml_backend.admin_common import Answer, given, known_lines, ledger, line_or_404, show_at, telling
@@ -78,7 +79,7 @@ def _look(service: Service, line: str) -> _Line:
     return _Line(
         name=line,
         new=new,
-        why_not=why_not(pending or last, 1 if new is None else new),
+        why_not=why_not(pending or last, 1 if new is None else new, whole=_is_whole(service.registry, line)),
         pending=pending,
         cancelled=folder.cancelled,
         curve=charts.line(
@@ -86,3 +87,14 @@ def _look(service: Service, line: str) -> _Line:
         ),
         ended=ended[::-1][:_SHOWN],
     )
+
+
+def _is_whole(registry: AdapterRegistry, line: str) -> bool:
+    """Whether the version of a line that is to serve can do so, or none of its own is."""
+    try:
+        version = registry.active(line)
+        if version is not None:
+            registry.intact(version)
+    except Refusal:
+        return False
+    return True

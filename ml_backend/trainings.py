@@ -162,16 +162,17 @@ def new_for(store: CorrectionStore, line: str, last: TrainingStatus | None) -> i
     return store.new_since(lines.project_of(line), seen_s)
 
 
-def why_not(last: TrainingStatus | None, new: int) -> str | None:
+def why_not(last: TrainingStatus | None, new: int, *, whole: bool = True) -> str | None:
     """Return why asking for a training of a line would bring nothing now, or None.
 
     Args:
         last: the line's training that was asked for last.
         new: corrections that came after its snapshot.
+        whole: the line's version that is to serve can do so; else the same corrections may give another.
     """
     if last is not None and last.state not in ENDED:
         return f"one is {last.state} already"
-    if new or (last is not None and last.state in ("failed", "cancelled")):
+    if new or not whole or (last is not None and last.state in ("failed", "cancelled")):
         return None
     return "there are no corrections yet" if last is None else "nothing was corrected since the last training"
 

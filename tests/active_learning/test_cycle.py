@@ -371,6 +371,52 @@ def test_a_version_that_an_admin_activated_during_a_training_is_not_replaced(pla
     assert place.registry.active_id("project-3") == by_hand.id
 
 
+def hurt(registry, version, how):
+    """Have a version serve nobody, as a bad disk or another base does."""
+    path = registry.path(version)
+    if how == "damaged":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif how == "of another base":
+        card = registry.card(version.line, version.id) | {"base": "cd" * 32}
+        path.with_name("card.json").write_text(json.dumps(card))
+    elif how == "without a card":
+        path.with_name("card.json").unlink()
+    else:
+        path.parents[1].joinpath("ACTIVE").write_text("v0001-tor")
+
+
+@pytest.mark.parametrize("how", ["damaged", "of another base", "without a card", "torn"])
+def test_a_line_whose_version_cannot_serve_is_trained_on_the_same_corrections_and_publishes_again(
+    place, trainings, how
+):
+    fill(place.store, place.images, photos=6)
+    first = carry_out(place, trainings, margins=SURE, limits=SERVED)
+    assert first.state == "published"
+    hurt(place.registry, place.registry.get("project-3", first.version), how)
+    if how == "torn":  # its version is whole, and these corrections give no other
+        fill(place.store, place.images, photos=7)
+    ended = carry_out(place, trainings, margins=SURE, limits=SERVED)
+    assert ended.state == "published", ended.said
+    assert ended.version != first.version
+    assert place.registry.active_id("project-3") == ended.version
+
+
+def test_a_version_activated_between_two_attempts_of_a_training_is_not_replaced_either(place, trainings):
+    fill(place.store, place.images, photos=6)
+    status = trainings.ask("a test")
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(place, trainings, status, config=QUICK, margins=SURE, limits=SERVED, pause=stop)
+    by_hand = place.registry.publish("project-3", BUNDLED_ADAPTER, card={"snapshot": "another"}, activate=True)
+    ended = run(place, trainings, status, config=QUICK, margins=SURE, limits=SERVED)
+    assert ended.state == "kept"
+    assert "Another version was activated meanwhile" in ended.said
+    assert place.registry.active_id("project-3") == by_hand.id
+
+
 def test_what_an_attempt_left_is_not_mixed_with_another_parent(place, trainings, caplog):
     fill(place.store, place.images, photos=6)
     status = trainings.ask("a test")

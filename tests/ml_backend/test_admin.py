@@ -342,6 +342,19 @@ def test_a_training_is_started_watched_cancelled_and_tried_again(make_admin, tmp
     assert folder.pending().id != status.id
 
 
+def test_a_training_is_offered_without_new_corrections_where_the_version_that_should_serve_cannot(
+    make_admin, tmp_path, registry, two
+):
+    fill(tmp_path / "data", photos=2)
+    client, service = make_admin()
+    folder = folder_of(service.settings, "project-3")
+    folder.end(folder.ask("a test", now_s=time.time() + 1), "published", "it won", version=two[0].id)
+    text = page(client, "/admin/training")
+    assert "A training would bring nothing now: nothing was corrected since the last training." in text
+    registry.path(two[0]).write_bytes(b"torn")
+    assert "Start a training of project-3" in page(client, "/admin/training")
+
+
 def test_versions_are_compared_on_the_objects_that_both_were_judged_on_and_live_on_photos(make_admin, tmp_path, two):
     fill(tmp_path / "data", photos=6)
     client, service = make_admin()

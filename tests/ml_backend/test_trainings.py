@@ -161,6 +161,7 @@ def test_a_training_that_would_bring_nothing_is_told_why_and_one_that_failed_may
     folder.end(status, "rejected", "it is worse")
     assert why_not(folder.status(), 0) == "nothing was corrected since the last training"
     assert why_not(folder.status(), 1) is None
+    assert why_not(folder.status(), 0, whole=False) is None, "what it gave cannot serve"
     folder.end(folder.ask("the button"), "failed", "no memory")
     assert why_not(folder.status(), 0) is None
 
