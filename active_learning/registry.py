@@ -65,6 +65,15 @@ class AdapterVersion:
     digest: str  # SHA-256 of adapter.safetensors
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WayBack:
+    """From the active version of a line to the one before it that can serve."""
+
+    was: str  # what ACTIVE said: the id of a version, be that one readable or not
+    now: AdapterVersion | None  # None: none of this line
+    passed_over: tuple[str, ...]  # why each version between them cannot serve, the latest first
+
+
 _FIELDS = frozenset(field.name for field in fields(AdapterVersion))
 
 
@@ -232,23 +241,37 @@ class AdapterRegistry:
             self._set_active(line, version, by=by)
         return found
 
-    def roll_back(self, line: str, *, by: str = "command") -> tuple[AdapterVersion, AdapterVersion | None]:
+    def roll_back(self, line: str, *, by: str = "command") -> WayBack:
         """Have the version serve that did so before the active one, whatever its parent; again: the one before that.
 
-        Returns:
-            The version that served, and the one that does now (None: none of this line).
+        The active one need not be readable: this is the way out when it is damaged. An earlier one that cannot serve is
+        passed over.
 
         Raises:
-            Refusal: no version of the line serves, or the one before cannot; nothing changes.
+            Refusal: no version of the line is active; nothing changes.
         """
         with self._writing(line):
-            was = self.active(line)
-            if was is None:
+            way = self.way_back(line)
+            if way is None:
                 raise Refusal(f"line {line} serves no version of its own, so there is nothing to go back from")
-            before = self.before(line)
-            now = None if before is None else self._servable(line, before)
-            self._set_active(line, before, by=by, back=True)
-        return was, now
+            self._set_active(line, None if way.now is None else way.now.id, by=by, back=True)
+        return way
+
+    def way_back(self, line: str) -> WayBack | None:
+        """Return where `roll_back` goes, or None where no version of the line is active."""
+        was = self.active_text(line)
+        if was is None:
+            return None
+        *before, _ = self._served(line)
+        there = {None, *self._ids(line)} - {was}
+        now, passed_over = None, []
+        for version in dict.fromkeys(one for one in reversed(before) if one in there):
+            try:
+                now = None if version is None else self._servable(line, version)
+                break
+            except Refusal as refusal:
+                passed_over.append(str(refusal))
+        return WayBack(was=was, now=now, passed_over=tuple(passed_over))
 
     def prune(self, line: str, *, keep: int) -> list[str]:
         """Remove the oldest versions but the newest `keep`, and return their ids.
@@ -269,7 +292,9 @@ class AdapterRegistry:
         if keep < 0:
             raise Refusal(f"{keep} versions cannot be kept; name 0 or more")
         ids = self._ids(line)
-        needed = {self.active_id(line), self.before(line), *self._parents_of_active()}
+        way = self.way_back(line)
+        before = None if way is None or way.now is None else way.now.id
+        needed = {self.active_id(line), before, *self._parents_of_active()}
         return [name for name in ids[: max(0, len(ids) - keep)] if name not in needed]
 
     def export(self, line: str, version: str, target: Path) -> Path:
@@ -399,11 +424,10 @@ class AdapterRegistry:
         return found
 
     def _set_active(self, line: str, version: str | None, *, by: str, back: bool = False) -> None:
-        """Write the change down, then replace ACTIVE: killed in between, ACTIVE is what is so (see `before`)."""
+        """Write the change down, then replace ACTIVE: killed in between, ACTIVE is what is so (see `_served`)."""
         folder = self._line_folder(line)
-        entry = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "by": by, "version": version, "back": back}
-        with contextlib.suppress(Refusal):  # what stands there now may be no id
-            entry["from"] = self.active_id(line)
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = {"at": at, "by": by, "version": version, "back": back, "from": self.active_text(line)}
         with (folder / HISTORY).open("ab") as file:
             torn = file.tell() > 0 and not _ends_with_newline(folder / HISTORY)  # by a writer that was killed
             file.write((b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n")
@@ -437,14 +461,8 @@ class AdapterRegistry:
                 _reach(served, version)
             else:
                 served.append(version)
-        _reach(served, self.active_id(line))
+        _reach(served, self.active_text(line))
         return served
-
-    def before(self, line: str) -> str | None:
-        """Return the version that `roll_back` goes to: the last one before the active one that is still there."""
-        *before, active = self._served(line)
-        there = {None, *self._ids(line)} - {active}
-        return next((version for version in reversed(before) if version in there), None)
 
     def _parents_of_active(self) -> set[str]:
         parents = set()

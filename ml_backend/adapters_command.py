@@ -93,10 +93,13 @@ def activate(
 
 @app.command()
 def rollback(context: typer.Context, line: Line) -> None:
-    """Serve again what served a line before; once more: what served before that."""
+    """Serve again what served a line before; once more: what served before that. What is damaged is passed over."""
     with _refusing(context) as registry:
-        was, now = registry.roll_back(_line(line))
-        print(f"{was.line}: {was.id} -> {now.id if now else 'none of its own'}")
+        name = _line(line)
+        way = registry.roll_back(name)
+        for why in way.passed_over:
+            print(f"passed over: {why}")
+        print(f"{name}: {way.was} -> {way.now.id if way.now else 'none of its own'}")
 
 
 @app.command()

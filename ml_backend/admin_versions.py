@@ -23,7 +23,7 @@ _KEEP = 10  # versions, unless another number is asked for
 class _Line:
     name: str
     active: str | None
-    before: str | None  # served before the active one
+    before: str | None  # served before the active one, and can do so again
     versions: list[AdapterVersion]  # newest first
     broken: str | None  # why it cannot be told what serves
 
@@ -87,8 +87,10 @@ def add_versions(admin: Blueprint, service: Service) -> None:
         with telling():
             if registry.active_id(name) != given("serves"):  # sent twice, or by two people
                 raise Refusal("nothing was changed: another version serves by now")
-            was, now = registry.roll_back(name, by=_BY)
-            flash(f"{was.id} was rolled back: {now.id if now else 'no version of its own'} serves {name}.", "done")
+            way = registry.roll_back(name, by=_BY)
+            now = way.now.id if way.now else "no version of its own"
+            passed_over = "".join(f" Passed over: {why}." for why in way.passed_over)
+            flash(f"{way.was} was rolled back: {now} serves {name}.{passed_over}", "done")
         return show_at("admin.versions", name)
 
     @admin.get("/versions/<line>/prune")
@@ -152,7 +154,8 @@ def _look(service: Service, line: str) -> _Line:
     active = before = None
     try:
         active = registry.active_id(line)
-        before = registry.before(line) if active is not None else None
+        way = registry.way_back(line) if active is not None else None
+        before = None if way is None or way.now is None else way.now.id
     except Refusal as refusal:
         broken = str(refusal)
     versions = registry.versions(line)[::-1]

@@ -49,6 +49,12 @@ def publish(registry, tmp_path):
     return make
 
 
+def went_back(registry):
+    way = registry.roll_back("shared")
+    assert way.passed_over == ()
+    return registry.get("shared", way.was), way.now
+
+
 def test_a_published_version_is_kept_with_its_card_and_pictures_and_serves(registry, tmp_path):
     assert (registry.lines(), registry.versions("shared"), registry.active("shared")) == ([], [], None)
     pictures = tmp_path / "pictures"
@@ -85,10 +91,10 @@ def test_lines_do_not_see_each_other(registry, publish):
 def test_going_back_serves_what_was_active_before_and_then_what_was_before_that(registry, publish):
     first, second, third = publish(1), publish(2, parent="v0001"), publish(3)
     registry.activate("shared", first.id)
-    assert registry.roll_back("shared") == (first, third)
-    assert registry.roll_back("shared") == (third, second)
-    assert registry.roll_back("shared") == (second, first)
-    assert registry.roll_back("shared") == (first, None)
+    assert went_back(registry) == (first, third)
+    assert went_back(registry) == (third, second)
+    assert went_back(registry) == (second, first)
+    assert went_back(registry) == (first, None)
     assert registry.active("shared") is None
     with pytest.raises(Refusal, match="nothing to go back from"):
         registry.roll_back("shared")
@@ -99,7 +105,7 @@ def test_activating_nothing_leaves_the_line_to_the_shared_or_configured_one_and_
     assert registry.activate("shared", None) is None
     assert registry.active("shared") is None
     second = publish(2)
-    assert registry.roll_back("shared") == (second, None)
+    assert went_back(registry) == (second, None)
     assert registry.activate("shared", first.id) == first
 
 
@@ -117,7 +123,7 @@ def test_pruning_keeps_the_newest_what_serves_its_parent_and_the_version_to_go_b
     newer = [publish(seed, activate=False) for seed in (5, 6)]
     assert registry.prune("shared", keep=1) == [oldest.id, newer[0].id]
     assert registry.versions("shared") == [parent, before, serving, newer[1]]
-    assert registry.roll_back("shared") == (serving, before)
+    assert went_back(registry) == (serving, before)
     assert registry.prune("shared", keep=0) == [serving.id, newer[1].id]
 
 
@@ -152,17 +158,44 @@ SPOILT = ["truncated", "empty", "bit flipped", "gone", "not a number"]
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_a_damaged_version_is_not_activated_nor_gone_back_to_and_what_serves_goes_on(registry, publish, how):
+def test_a_damaged_version_is_not_activated_and_what_serves_goes_on(registry, publish, how):
     bad, good = publish(1), publish(2)
     spoil(registry.path(bad), how)
-    for change in (lambda: registry.activate("shared", bad.id), lambda: registry.roll_back("shared")):
-        with pytest.raises(Refusal, match=r"damaged|cannot be read"):
-            change()
+    with pytest.raises(Refusal, match=r"damaged|cannot be read"):
+        registry.activate("shared", bad.id)
     with pytest.raises(Refusal):
         registry.export("shared", bad.id, registry.path(good).parent.parent / "out.zip")
     assert registry.active("shared") == good
     again = publish(1)
     assert again.id.startswith("v0003"), "a damaged one is not taken for the same"
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_going_back_passes_over_what_is_damaged_and_says_so(registry, publish, how):
+    good, bad, serving = publish(1), publish(2), publish(3)
+    spoil(registry.path(bad), how)
+    way = registry.roll_back("shared")
+    assert (way.was, way.now) == (serving.id, good)
+    (why,) = way.passed_over
+    assert bad.id in why
+    assert went_back(registry) == (good, None)
+
+
+@pytest.mark.parametrize("how", ["without a card", "with half a card", "gone", "torn"])
+def test_one_goes_back_from_a_version_that_cannot_be_read(registry, publish, how):
+    good, bad = publish(1), publish(2)
+    if how == "gone":
+        shutil.rmtree(registry.path(bad).parent)
+    elif how == "torn":
+        registry.path(bad).parents[1].joinpath("ACTIVE").write_text("v000")
+        registry.path(bad).unlink()
+    else:
+        registry.path(bad).with_name("card.json").write_text("{" * (how == "with half a card"))
+    way = registry.roll_back("shared")
+    assert (way.was, way.now) == ("v000" if how == "torn" else bad.id, good)
+    assert registry.active("shared") == good
+    assert publish(3) == registry.active("shared")
+    assert registry.roll_back("shared").now == good
 
 
 @pytest.mark.parametrize("how", [*SPOILT[:2], *SPOILT[3:], "other base"])
@@ -287,8 +320,8 @@ def test_a_torn_line_of_history_and_a_stray_file_are_passed_over(registry, publi
     with (line / "history.jsonl").open("a") as file:
         file.write('{"at": "2026-')
     third = publish(3)
-    assert registry.roll_back("shared") == (third, second)
-    assert registry.roll_back("shared") == (second, first)
+    assert went_back(registry) == (third, second)
+    assert went_back(registry) == (second, first)
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +397,7 @@ def test_killed_at_any_moment_a_writer_leaves_a_registry_that_reads_and_a_whole_
         seen.add(active.id)
         published = registry.publish("shared", files[1], card={"snapshot": f"kill {turn}"}, activate=True)
         assert registry.active("shared") == published
-        assert registry.roll_back("shared") == (published, active)
+        assert went_back(registry) == (published, active)
     assert len(seen) > 5, "the kills fell at different moments"
     left = [n for n in os.listdir(tmp_path / "adapters/shared") if n.startswith((".draft", ".gone"))]
     assert left == []

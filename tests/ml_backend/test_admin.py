@@ -288,6 +288,19 @@ def test_a_version_is_activated_and_rolled_back_and_answers_within_a_second(make
     assert registry.active_id("project-3") is None
 
 
+def test_one_goes_back_from_a_version_without_its_card_past_a_damaged_one(make_admin, registry, trained, two):
+    registry.activate("project-3", two[1].id)
+    last = registry.publish("project-3", trained[2], card={"recipe": "drawn"}, activate=True)
+    registry.path(last).with_name("card.json").unlink()
+    registry.path(two[1]).write_bytes(b"torn")
+    client, _ = make_admin()
+    assert f"Roll back to {two[0].id}" in page(client, "/admin/versions")
+    text = send(client, "/admin/versions", "/admin/versions/project-3/rollback", serves=last.id)
+    assert f"{last.id} was rolled back: {two[0].id} serves project-3." in text
+    assert f"Passed over: adapter project-3 {two[1].id} is damaged" in text
+    assert registry.active_id("project-3") == two[0].id
+
+
 def test_a_rejected_version_is_activated_only_with_its_box_ticked(make_admin, registry, trained, two):
     rejected = registry.publish(
         "project-3", trained[2], card={"accepted": False, "note": "It is worse.", "recipe": "drawn"}, activate=False

@@ -400,6 +400,16 @@ def test_an_admin_lists_compares_activates_goes_back_and_prunes(adapters, regist
     assert registry.active("project-3") is None
 
 
+def test_an_admin_goes_back_from_a_version_without_its_card_past_a_damaged_one(adapters, registry, trained):
+    good, damaged, serving = (publish(registry, "project-3", trained[n], seed=n) for n in range(3))
+    registry.path(serving).with_name("card.json").unlink()
+    registry.path(damaged).write_bytes(b"torn")
+    done = adapters("rollback", 3)
+    assert f"project-3: {serving.id} -> {good.id}" in done.output
+    assert f"passed over: adapter project-3 {damaged.id} is damaged" in done.output
+    assert registry.active("project-3") == good
+
+
 def test_a_version_is_exported_and_imported_by_command(adapters, registry, trained, tmp_path):
     version = publish(registry, "shared", trained[0])
     assert adapters("export", "shared", 1, tmp_path / "out.zip").exit_code == 0
