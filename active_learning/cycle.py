@@ -137,7 +137,7 @@ def run(
         for share in config.blends:
             candidate = blended(begin, trained, share, folder / "adapter.safetensors", exact=exact)
             verdict = judge_candidate(candidate)
-            if verdict.decision != "rejected":
+            if verdict.decision != "rejected" and not verdict.worse_on_few:
                 break
         return _publish(place.registry, watch, verdict, candidate, parent, instead_of, folder, config, limits)
     except Cancelled:
@@ -373,7 +373,7 @@ def _publish(
 ) -> TrainingStatus:
     status = watch.status
     unjudged = verdict.decision == "too-few"
-    serves = verdict.accepted or (unjudged and limits.too_few == "publish")
+    serves = verdict.accepted or (unjudged and not verdict.worse_on_few and limits.too_few == "publish")
     scores = {"hold-out": verdict.holdout, "reference": verdict.reference}
     version = registry.publish(
         status.line,

@@ -81,6 +81,7 @@ class Verdict:
     since_first: Paired | None = (
         None  # on the reference set, against the adapter that the line began with; None: that serves
     )
+    worse_on_few: bool = False  # `too-few`, and worse on the objects that there are: it serves by nobody's setting
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as plain values."""
@@ -167,6 +168,7 @@ def judge(
     reference set than the adapter the line began with, by more than `margins.total`, and no better than the incumbent:
     a line that is beyond that already may only come back. Without enough objects to say so the
     decision is `too-few`, and the caller's to take; a candidate that loses on the reference set is rejected even so.
+    Margins allow for what chance does to many objects; of few it is said where any mean of clicks is worse.
     The order of the pairs does not matter, and equal generators give equal verdicts.
 
     Args:
@@ -190,6 +192,7 @@ def judge(
     reasons = [_figures("reference set", outside)]
     if own is not None:
         reasons.insert(0, _figures("hold-out", own))
+    worse_on_few: list[str] = []
     if own is not None and enough:
         losses += _losses("hold-out", own, margins) + _not_won(own, margins)
     else:
@@ -198,6 +201,8 @@ def judge(
             f"The hold-out has {count} objects, fewer than the {margins.least_objects} that a comparison needs: "
             "correct more images, or decide by the figures above."
         )
+        worse_on_few = _worse_on_few(own, margins) if own else []
+        reasons += worse_on_few
     decision: Decision = "rejected" if losses else "accepted" if enough else "too-few"
     if decision == "accepted":
         reasons.append("It wins on the hold-out and does not lose on the reference set.")
@@ -208,6 +213,7 @@ def judge(
         holdout=own,
         reference=outside,
         since_first=whole_way,
+        worse_on_few=decision == "too-few" and bool(worse_on_few),
     )
 
 
@@ -248,9 +254,25 @@ def _not_won(found: Paired, margins: Margins) -> list[str]:
     if not found.noc85.relative < -margins.win - _ROUNDING:
         wanted = f"by more than {margins.win:.1%} " if margins.win else ""
         reasons.append(f"It does not win {wanted}on the hold-out: NoC@85 {ours.noc85:.2f} after {theirs.noc85:.2f}.")
-    if ours.iou1 < theirs.iou1 - margins.first - _ROUNDING:
-        reasons.append(f"Its first click is poorer on the hold-out: IoU@1 {ours.iou1:.4f} after {theirs.iou1:.4f}.")
-    return reasons
+    return reasons + _poorer_first(found, margins)
+
+
+def _worse_on_few(found: Paired, margins: Margins) -> list[str]:
+    ours, theirs = found.candidate, found.incumbent
+    clicks = ("NoC@85", ours.noc85, theirs.noc85), ("NoC@90", ours.noc90, theirs.noc90)
+    reasons = [
+        f"It is worse on these few: {name} {after:.2f} after {before:.2f}."
+        for name, after, before in clicks
+        if after > before + _ROUNDING
+    ]
+    return reasons + _poorer_first(found, margins)
+
+
+def _poorer_first(found: Paired, margins: Margins) -> list[str]:
+    ours, theirs = found.candidate.iou1, found.incumbent.iou1
+    if ours >= theirs - margins.first - _ROUNDING:
+        return []
+    return [f"Its first click is poorer on the hold-out: IoU@1 {ours:.4f} after {theirs:.4f}."]
 
 
 def _figures(where: str, found: Paired) -> str:

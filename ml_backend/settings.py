@@ -145,7 +145,7 @@ class Settings(BaseSettings):
     train_memory_mb: int = Field(4096, ge=0, description="memory a training may hold while it learns; 0: no limit")
     train_limit_minutes: float = Field(180, gt=0, description="time a training may take before it is judged")
     train_too_few: Literal["ask", "publish"] = Field(
-        "ask", description="too few held-out masks to judge by: ask the admin, or publish what loses nowhere else"
+        "ask", description="too few held-out masks to judge by: ask the admin, or publish what is worse nowhere"
     )
 
     reconcile_minutes: float = Field(10, ge=0, description="minutes between looks for what webhooks lost; 0: never")

@@ -474,6 +474,17 @@ def test_an_adapter_that_learned_wrong_masks_is_refused_by_the_usual_margins(pla
     assert version.accepted is False
 
 
+def test_a_candidate_that_is_worse_on_too_few_held_out_objects_serves_by_no_setting(place, trainings):
+    fill(place.store, place.images, photos=12)
+    spoil(place.store)
+    ended = carry_out(place, trainings, config=TAUGHT, margins=SURE, limits=SERVED)
+    assert ended.state == "kept", ended.said
+    assert "It is worse on these few" in ended.said or "Its first click is poorer on the hold-out" in ended.said
+    assert f"adapters activate project-3 {ended.version}" in ended.said
+    assert place.registry.active("project-3") is None
+    assert place.registry.activate("project-3", ended.version) is not None
+
+
 def test_a_line_that_lost_too_much_since_its_beginning_is_compared_with_that_beginning(place, trainings, tmp_path):
     fill(place.store, place.images, photos=6)
     good = read_adapter(BUNDLED_ADAPTER)

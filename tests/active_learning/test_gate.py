@@ -112,6 +112,20 @@ def test_too_few_objects_at_home_are_said_so_unless_the_reference_set_speaks():
     assert verdict(few, (curves([9] * 20), curves([4] * 20))).decision == "rejected"
 
 
+def test_of_too_few_objects_it_is_said_where_the_candidate_is_worse_on_these():
+    for worse, named in (
+        ((curves([5] * 3), curves([4] * 3)), "It is worse on these few: NoC@85 5.00 after 4.00."),
+        ((curves([4] * 3, first=0.3), curves([4] * 3)), "Its first click is poorer on the hold-out: IoU@1 0.3000"),
+    ):
+        found = verdict(worse, SAME)
+        assert (found.decision, found.worse_on_few) == ("too-few", True)
+        assert [reason for reason in found.reasons if reason.startswith(named)]
+    same = (curves([4] * 3), curves([4] * 3))
+    for few in (same, (curves([3, 4, 5]), curves([5, 4, 3])), None):
+        assert not verdict(few, SAME).worse_on_few
+    assert not verdict(worse, (curves([9] * 20), curves([4] * 20))).worse_on_few, "it is rejected"
+
+
 CLICKS = st.lists(st.one_of(st.none(), st.integers(1, BUDGET)), min_size=10, max_size=25)
 PAIRS = st.lists(st.tuples(st.integers(1, BUDGET), st.integers(1, BUDGET)), min_size=10, max_size=25)
 
