@@ -404,6 +404,18 @@ class CorrectionStore:
         )
         return int(self._rows(query, (_IN_USE, project, since_s))[0][0])
 
+    def first_s(self, project: str | None) -> float | None:
+        """Return when the correction in use came, or was changed, that did so first: UTC seconds, by our clock.
+
+        None where none is in use. Of a project, or with None of all.
+        """
+        query = (
+            "SELECT MIN(kept_s) FROM regions JOIN annotations USING (project, annotation)"
+            " WHERE state = ? AND project = ifnull(?, project)"
+        )
+        found: float | None = self._rows(query, (_IN_USE, project))[0][0]
+        return found
+
     @contextmanager
     def _change(self, what: str) -> Iterator[sqlite3.Connection]:
         """Everything in the block, or nothing."""

@@ -20,6 +20,8 @@ from typing import Any, Literal
 State = Literal["queued", "running", "judging", "published", "kept", "rejected", "failed", "cancelled", "nothing new"]
 ENDED: tuple[State, ...] = ("published", "kept", "rejected", "failed", "cancelled", "nothing new")
 """How a training ends: `kept` is a candidate that waits for an admin's decision."""
+SETTLED: tuple[State, ...] = ("published", "kept", "rejected", "nothing new")
+"""Ends after which its corrections were learned from; after one that failed or was cancelled they are still new."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,7 @@ class TrainingStatus:
     left_s: float | None = None  # expected until the steps are done
     version: str | None = None  # what came of it
     said: str = ""  # why it ended so
+    ended_s: float | None = None  # when; None also where an earlier version of this backend wrote it down
 
 
 SHORT = "memory-ran-out"
@@ -137,7 +140,7 @@ class TrainingFolder:
 
     def end(self, status: TrainingStatus, state: State, said: str, **changes: Any) -> TrainingStatus:
         """Write down how a training ended, let the next one be asked for, and remove what it worked with."""
-        ended = self.note(status, state=state, said=said, left_s=None, **changes)
+        ended = self.note(status, **{"state": state, "said": said, "left_s": None, "ended_s": time.time()} | changes)
         if not any(old.id == ended.id for old in self.history()):  # killed just here and done again
             self._append(ended)
         self._request.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ _SHOWN = 20  # of those that ended
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Line:
     name: str
-    new: int | None  # corrections since the last one's snapshot; None: not known here
+    new: int | None  # corrections that none has learned from; None: not known here
     why_not: str | None
     pending: TrainingStatus | None
     cancelled: bool
@@ -73,7 +73,7 @@ def _look(service: Service, line: str) -> _Line:
     last = folder.status()
     try:
         with ledger(service.settings) as store:
-            new: int | None = new_for(store, line, last)
+            new: int | None = new_for(store, folder)
     except Refusal:
         new = None
     return _Line(

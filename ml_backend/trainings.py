@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -36,8 +37,8 @@ from rq.worker import WorkerStatus
 
 from active_learning import lines
 from active_learning.corrections import CorrectionStore
-from active_learning.rules import When, due
-from active_learning.status import ENDED, TrainingFolder, TrainingStatus, lines_in
+from active_learning.rules import When, due, rest_s
+from active_learning.status import ENDED, SETTLED, TrainingFolder, TrainingStatus, lines_in
 from ml_backend import logs
 from ml_backend.settings import Settings
 from model.types import Refusal
@@ -148,18 +149,36 @@ def ask_when_due(settings: Settings, store: CorrectionStore, *, now_s: float) ->
     )
     asked = []
     for line in {line_of(settings, project) for project in store.projects()}:
-        last = folder_of(settings, line).status()
-        last_s = None if last is None else last.asked_s
-        reason = due(when, new=new_for(store, line, last), last_s=last_s, now_s=now_s)
-        if reason is not None and folder_of(settings, line).pending() is None:
+        trainings = folder_of(settings, line)
+        if trainings.pending() is None and (reason := _why_due(when, store, trainings, now_s)) is not None:
             asked.append(request(settings, line, reason))
     return asked
 
 
-def new_for(store: CorrectionStore, line: str, last: TrainingStatus | None) -> int:
-    """Return how many corrections of a line came after its last training's snapshot."""
+def _why_due(when: When, store: CorrectionStore, trainings: TrainingFolder, now_s: float) -> str | None:
+    failed = list(takewhile(lambda one: one.state not in SETTLED, reversed(trainings.history())))  # the latest first
+    if failed and now_s - (failed[0].ended_s or failed[0].asked_s) < rest_s(len(failed)):
+        return None
+    last, first_s = _settled(trainings), store.first_s(lines.project_of(trainings.line))
+    return due(
+        when,
+        new=new_for(store, trainings),
+        first_s=now_s if first_s is None else first_s,
+        last_s=None if last is None else last.asked_s,
+        now_s=now_s,
+    )
+
+
+def new_for(store: CorrectionStore, trainings: TrainingFolder) -> int:
+    """Return how many corrections of a line no training has learned from, nor does one that is pending."""
+    last = trainings.pending() or _settled(trainings)
     seen_s = 0.0 if last is None else last.snapshot_s or last.asked_s
-    return store.new_since(lines.project_of(line), seen_s)
+    return store.new_since(lines.project_of(trainings.line), seen_s)
+
+
+def _settled(trainings: TrainingFolder) -> TrainingStatus | None:
+    """Return the last training of a line that neither failed nor was cancelled."""
+    return next((one for one in reversed(trainings.history()) if one.state in SETTLED), None)
 
 
 def why_not(last: TrainingStatus | None, new: int, *, whole: bool = True) -> str | None:
@@ -167,7 +186,7 @@ def why_not(last: TrainingStatus | None, new: int, *, whole: bool = True) -> str
 
     Args:
         last: the line's training that was asked for last.
-        new: corrections that came after its snapshot.
+        new: as `new_for` returns it.
         whole: the line's version that is to serve can do so; else the same corrections may give another.
     """
     if last is not None and last.state not in ENDED:

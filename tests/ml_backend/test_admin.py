@@ -348,6 +348,7 @@ def test_a_training_is_started_watched_cancelled_and_tried_again(make_admin, tmp
 
     folder.end(folder.pending(), "failed", "memory <ran> out")
     raw = client.get("/admin/training").text
+    assert "4 new corrections since the last training that neither failed nor was cancelled" in raw
     assert "memory &lt;ran&gt; out" in raw
     assert "Try it again" in raw
     assert "is queued" in send(client, "/admin/training", "/admin/training/start", line="project-3")

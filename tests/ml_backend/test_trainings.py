@@ -32,8 +32,10 @@ from ml_backend.trainings import (
     _carry_out,
     _used_by_others_s,
     _Worker,
+    ask_when_due,
     folder_of,
     line_of,
+    new_for,
     request,
     requeue,
     train,
@@ -164,6 +166,49 @@ def test_a_training_that_would_bring_nothing_is_told_why_and_one_that_failed_may
     assert why_not(folder.status(), 0, whole=False) is None, "what it gave cannot serve"
     folder.end(folder.ask("the button"), "failed", "no memory")
     assert why_not(folder.status(), 0) is None
+
+
+@pytest.fixture
+def ledger(settings):
+    """Three annotations of project 3 that came at second 1000."""
+    with closing(CorrectionStore(settings.data_dir / "corrections.sqlite", clock=lambda: 1000.0)) as store:
+        fill(store, ImageStore(settings.data_dir / "images"), photos=3)
+        yield store
+
+
+def end(settings, state, *, asked_s, ended_s):
+    folder = folder_of(settings, "project-3")
+    folder.end(folder.ask("a test", now_s=asked_s), state, "a test", snapshot_s=asked_s, ended_s=ended_s)
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled"])
+@pytest.mark.parametrize("rule", [{"train_after": 5}, {"train_after": 0, "train_every_hours": 1}])
+def test_corrections_of_a_training_that_failed_are_trained_on_again_after_a_rest(settings, ledger, state, rule):
+    settings = settings.model_copy(update=rule)
+    end(settings, state, asked_s=2000.0, ended_s=9000.0)
+    assert new_for(ledger, folder_of(settings, "project-3")) == ledger.counts("3").corrections
+    assert ask_when_due(settings, ledger, now_s=9000.0 + 3599) == []
+    assert request(settings, "project-3", "the button").state == "queued", "by hand at any time"
+    end(settings, state, asked_s=10_000.0, ended_s=20_000.0)
+    assert ask_when_due(settings, ledger, now_s=20_000.0 + 7199) == [], "after the second one twice as long"
+    (asked,) = ask_when_due(settings, ledger, now_s=20_000.0 + 7200)
+    assert "new corrections" in asked.reason
+
+
+@pytest.mark.parametrize("state", ["published", "kept", "rejected", "nothing new"])
+def test_corrections_of_a_training_that_came_to_a_verdict_make_none_due_again(settings, ledger, state):
+    settings = settings.model_copy(update={"train_after": 1})
+    end(settings, state, asked_s=2000.0, ended_s=3000.0)
+    end(settings, "failed", asked_s=4000.0, ended_s=5000.0)
+    assert new_for(ledger, folder_of(settings, "project-3")) == 0
+    assert ask_when_due(settings, ledger, now_s=1e6) == []
+
+
+def test_the_hours_of_a_line_that_was_never_trained_begin_with_its_first_correction(settings, ledger):
+    settings = settings.model_copy(update={"train_after": 0, "train_every_hours": 2})
+    assert ask_when_due(settings, ledger, now_s=1000.0 + 7199) == []
+    (asked,) = ask_when_due(settings, ledger, now_s=1000.0 + 7200)
+    assert asked.reason.startswith("2 hours without a training")
 
 
 def test_lines_follow_the_setting(settings):
