@@ -143,7 +143,7 @@ class Backend:
             "GRACO_PORT": str(port),
             "GRACO_ALLOW_HOSTS": "127.0.0.1",
             "GRACO_TRAIN_AFTER": "0",
-            "GRACO_TRAIN_TOO_FEW": "publish",  # an admin who says yes
+            "GRACO_TRAIN_TOO_FEW": "publish",  # an admin who says yes to what is not worse
             "GRACO_REDIS_URL": "",
             "LABEL_STUDIO_URL": "",
             "GRACO_SHARED_DIR": "",
