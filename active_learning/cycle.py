@@ -20,7 +20,7 @@ import numpy as np
 from active_learning.corrections import CorrectionStore, Snapshot
 from active_learning.dataset import EmbeddingFiles, photos_of
 from active_learning.folders import write_whole
-from active_learning.gate import Margins, Objects, Verdict, curves_of, judge, objects_of, write_verdict
+from active_learning.gate import Margins, Objects, Verdict, curves_of, judge, judged_by, objects_of, write_verdict
 from active_learning.images import ImageStore
 from active_learning.learn import LearningConfig, Trainable, blended, learn, write_untrained
 from active_learning.lines import SHARED, project_of
@@ -133,12 +133,23 @@ def run(
         shutil.rmtree(views, ignore_errors=True)
         watch.note(state="judging", left_s=None)
         exact = isinstance(place.segmenter, GracoSegmenter)
-        judge_candidate = _Judge(place, incumbent, of_split(found, HOLD_OUT), margins, folder, watch)
-        for share in config.blends:
+        holdout = judged_by(of_split(found, HOLD_OUT), margins)
+        judge_candidate = _Judge(place, incumbent, holdout, margins, folder, watch)
+
+        def judged(share: float) -> tuple[Path, Verdict]:
             candidate = blended(begin, trained, share, folder / "adapter.safetensors", exact=exact)
-            verdict = judge_candidate(candidate)
-            if verdict.decision != "rejected" and not verdict.worse_on_few:
+            return candidate, judge_candidate(candidate)
+
+        ranks: dict[float, int] = {}
+        for share in config.blends:
+            candidate, verdict = judged(share)
+            ranks[share] = verdict.rank
+            if verdict.rank == 2:
                 break
+        else:
+            best = max(ranks, key=lambda share: ranks[share])
+            if ranks[best] > verdict.rank:  # an earlier one was better: its file and pictures once more
+                candidate, verdict = judged(best)
         return _publish(place.registry, watch, verdict, candidate, parent, instead_of, folder, config, limits)
     except Cancelled:
         return watch.end("cancelled", "it was cancelled")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from PIL import Image
 
 from active_learning.folders import write_whole
 from active_learning.scores import UPPER, Difference, ObjectCurve, Paired, Pairs, compare
+from active_learning.snapshots import ACCEPTED
 from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet
 from model.evaluation.protocol import Bench, ClickChain, Models, Options, Scene
 from model.evaluation.report import draw_cell, draw_click_curves, draw_rows
@@ -83,6 +84,11 @@ class Verdict:
     )
     worse_on_few: bool = False  # `too-few`, and worse on the objects that there are: it serves by nobody's setting
 
+    @property
+    def rank(self) -> int:
+        """How good it is among verdicts on other shares of the same training: 2 needs no other."""
+        return 0 if self.decision == "rejected" else 1 if self.worse_on_few else 2
+
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as plain values."""
         return asdict(self)
@@ -105,6 +111,19 @@ def objects_of(found: AnnotationSet, limit: int) -> list[tuple[AnnotatedImage, t
         chosen.update(evenly_spaced(one_each, limit - len(chosen)))
     by_image = [(image, tuple(mask for mask in masks if mask.id in chosen)) for image, masks in images]
     return [(image, masks) for image, masks in by_image if masks]
+
+
+def judged_by(holdout: AnnotationSet, margins: Margins) -> AnnotationSet:
+    """Return a hold-out with the masks to judge by: those that people drew or changed, where they are enough.
+
+    What they took as it was is the incumbent's own answer, to the pixel: by it no candidate draws an edge better.
+    """
+    by_people = [
+        replace(image, masks=tuple(mask for mask in image.masks if mask.origin != ACCEPTED)) for image in holdout.images
+    ]
+    if sum(mask.area > 0 for image in by_people for mask in image.masks) < margins.least_objects:
+        return holdout
+    return replace(holdout, images=tuple(image for image in by_people if image.masks))
 
 
 def curves_of(

@@ -1,9 +1,9 @@
 """A snapshot of corrections as annotated photos: which mask is part of which, and how fine each one is.
 
 A mask that lies in another of the same photo is its part. Its granularity is what the annotator gave; else its scale,
-the share of the mask around it that it takes (`model.granularity.scale`), which is what the shipped adapter learned to
-call a level; a mask with nothing around it is a whole. Parts of one whole that belong together (left and right wheel)
-are merged into the levels between them (`model.trie`).
+the share that it takes of its whole, the outermost mask around it (`model.granularity.scale`), as the shipped
+adapter learned; a mask with nothing around it is a whole. Parts of one whole that belong together (left
+and right wheel) are merged into the levels between them (`model.trie`). What was drawn twice counts once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from active_learning.corrections import Correction, Snapshot, held_out, parents_of
 from active_learning.folders import write_whole
 from active_learning.images import ImageStore
-from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet
+from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet, overlaps
 from model.granularity import scale
 from model.trie import merge_siblings
 from model.types import Click
@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 
 HOLD_OUT, TRAIN = "hold-out", "train"
 """Splits of a snapshot's photos, by the digest of the photo alone."""
+ACCEPTED = "accepted"
+"""Origin of a mask that people took as a model had made it; those they drew or changed are `human`."""
+_AS_MADE = ("accepted", "predicted")  # kinds of corrections
+_SAME = 0.85  # IoU from which two masks of one photo, class and level are one thing, drawn twice
 _LEAST_GRANULARITY = 0.01
 _FEWEST_LEVELS = 20
 _USUAL = 0.6
@@ -122,7 +126,7 @@ def of_split(found: AnnotationSet, split: str) -> AnnotationSet:
 
 def _masks(corrections: Sequence[Correction], image_id: int, first: int) -> tuple[AnnotatedMask, ...]:
     """Return the masks of a photo, ids from `first` on."""
-    ordered = sorted(corrections, key=lambda c: (c.annotation, c.region))
+    ordered = _once(sorted(corrections, key=lambda c: (c.annotation, c.region)))
     plain = [
         AnnotatedMask(
             id=first + i,
@@ -130,7 +134,7 @@ def _masks(corrections: Sequence[Correction], image_id: int, first: int) -> tupl
             name=c.label,
             level="object",
             parent_id=None,
-            origin="human",
+            origin=ACCEPTED if c.kind in _AS_MADE else "human",
             area=0,
             segmentation=c.mask,
             granularity=c.granularity,
@@ -139,10 +143,11 @@ def _masks(corrections: Sequence[Correction], image_id: int, first: int) -> tupl
     ]
     pixels = [mask.mask() for mask in plain]
     made = []
-    for mask, own, parent in zip(plain, pixels, parents_of(pixels), strict=True):
+    parents = parents_of(pixels)
+    for index, (mask, own, parent) in enumerate(zip(plain, pixels, parents, strict=True)):
         stated = mask.granularity
         if stated is None:
-            stated = 1.0 if parent is None else scale(own, pixels[parent])
+            stated = scale(own, pixels[_whole(parents, index)]) if own.any() else 1.0
         made.append(
             replace(
                 mask,
@@ -153,3 +158,29 @@ def _masks(corrections: Sequence[Correction], image_id: int, first: int) -> tupl
             )
         )
     return tuple(made)
+
+
+def _whole(parents: Sequence[int | None], index: int) -> int:
+    """Return the outermost mask around one: itself where nothing is. Parents are larger, so there is no ring."""
+    while (parent := parents[index]) is not None:
+        index = parent
+    return index
+
+
+def _once(corrections: Sequence[Correction]) -> list[Correction]:
+    """Return corrections of a photo without those that repeat another: in two tasks, two projects, or by mistake.
+
+    The ground truth stays, else what was changed last.
+    """
+    alike = overlaps([one.mask for one in corrections]) >= _SAME
+    kept: list[int] = []
+    latest = sorted(enumerate(corrections), key=lambda c: (c[1].ground_truth, c[1].updated_s), reverse=True)
+    for index, one in latest:
+        others = (corrections[other] for other in kept if alike[index, other])
+        if not any(one.label == other.label and _of_one_level(one, other) for other in others):
+            kept.append(index)
+    return [corrections[index] for index in sorted(kept)]
+
+
+def _of_one_level(one: Correction, other: Correction) -> bool:
+    return None in (one.granularity, other.granularity) or one.granularity == other.granularity

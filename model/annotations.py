@@ -187,6 +187,16 @@ def encode(mask: Mask) -> Rle:
     return {"size": [int(side) for side in found["size"]], "counts": found["counts"]}
 
 
+def overlaps(masks: Sequence[Rle]) -> npt.NDArray[np.float64]:
+    """Return the IoU of each of N masks of one photo with each, N, N, from their run lengths, which `encode` made.
+
+    >>> overlaps([encode(np.array([[True, True]])), encode(np.array([[True, False]]))]).tolist()
+    [[1.0, 0.5], [0.5, 1.0]]
+    """
+    plain = [dict(mask) for mask in masks]
+    return np.array(coco.iou(plain, plain, [0] * len(plain)), np.float64).reshape(len(plain), len(plain))
+
+
 def read_annotations(source: Path, *, kind: Source = "auto", split: str | None = None) -> AnnotationSet:
     """Return the annotated photos of a file or folder.
 

@@ -19,7 +19,7 @@ from PIL import Image
 from active_learning.corrections import Correction, CorrectionStore, held_out
 from active_learning.cycle import Limits, Workplace, run
 from active_learning.dataset import PLAIN
-from active_learning.gate import Margins
+from active_learning.gate import Margins, judged_by
 from active_learning.images import ImageStore
 from active_learning.learn import LearningConfig, _out_of_memory
 from active_learning.registry import AdapterRegistry
@@ -30,6 +30,7 @@ from model.adapter import ENCODER, read_adapter, write_adapter
 from model.annotations import decode, encode, read_annotations
 from model.light.tail import moved_by
 from model.segmenter import BUNDLED_ADAPTER
+from model.types import Granularity
 from tests.active_learning.drawn import HEIGHT, WIDTH, strip, strip_masks
 
 QUICK = LearningConfig(fewest_steps=4, most_steps=4, clicks=1, checkpoint_every=1, tail=False, views=0)
@@ -257,6 +258,49 @@ def test_held_out_photos_are_never_learned_from(place, trainings):
     found = annotated(place.store.snapshot("3"), place.images)
     assert {image.digest() for image in of_split(found, HOLD_OUT).images} == set(held)
     assert not {image.digest() for image in of_split(found, TRAIN).images} & set(held)
+
+
+def test_the_level_of_a_part_of_a_part_is_its_share_of_the_whole_as_the_shipped_adapter_has_it(place):
+    fill(place.store, place.images, photos=1)
+    drawn = place.store.get("3", 0)
+    pane = np.zeros((HEIGHT, WIDTH), bool)
+    pane[25:45, 90:120] = True
+    further = replace(drawn[0], region="pane", label="pane", mask=encode(pane))
+    place.store.replace("3", 0, [*drawn, further], updated_s=2000.0)
+    (image,) = annotated(place.store.snapshot("3"), place.images).images
+    by_name = {mask.name: mask for mask in image.masks if mask.granularity is not None}
+    door, window, pane = (by_name[name] for name in ("door", "window", "pane"))
+    assert (pane.parent_id, window.parent_id, door.parent_id) == (window.id, door.id, None)
+    assert pane.granularity == pytest.approx(pane.area / door.area)
+    assert pane.granularity < 0.5 * pane.area / window.area
+    assert Granularity.from_value(pane.granularity) == image.level_of(pane)
+
+
+def test_what_two_tasks_or_projects_drew_on_one_photo_counts_once(place):
+    fill(place.store, place.images, photos=1)
+    fill(place.store, place.images, photos=1, project="4")
+    kept = place.store.get("4", 0)
+    shifted = [replace(c, mask=encode(np.roll(decode(c.mask), 1, axis=1)), updated_s=2000.0) for c in kept]
+    place.store.replace("4", 0, shifted, updated_s=2000.0)
+    (image,) = annotated(place.store.snapshot(None), place.images).images
+    drawn = [mask for mask in image.masks if mask.origin == "human"]
+    assert sorted(mask.name for mask in drawn) == sorted(c.label for c in kept), "each once"
+    later = {c.label: c.mask for c in shifted}
+    alike = [mask.segmentation["counts"] == later[mask.name]["counts"] for mask in drawn if mask.area > 200]
+    assert all(alike), "what was changed last stays"
+
+
+def test_masks_that_were_accepted_as_they_were_judge_nobody_where_others_suffice(place):
+    fill(place.store, place.images, photos=12)
+    for one in place.store.corrections("3"):
+        if one.label == "ball":
+            rest = [c for c in place.store.get("3", one.annotation) if c.region != one.region]
+            place.store.replace("3", one.annotation, [*rest, replace(one, kind="accepted")], updated_s=5000.0)
+    holdout = of_split(annotated(place.store.snapshot("3"), place.images), HOLD_OUT)
+    by_people = [mask for image in holdout.images for mask in image.masks if mask.name != "ball"]
+    judging = judged_by(holdout, Margins(least_objects=len(by_people)))
+    assert [mask for image in judging.images for mask in image.masks] == by_people
+    assert judged_by(holdout, Margins(least_objects=len(by_people) + 1)) == holdout
 
 
 def test_a_training_that_holds_too_much_at_once_goes_on_with_smaller_steps(place, trainings, monkeypatch, caplog):
