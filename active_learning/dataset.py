@@ -316,7 +316,7 @@ class Sampler:
                 "every mask has weight 0 (wholes that a model proposed never count); raise a kind's weight above 0"
             )
         self._groups = [group for _, group in weighted]
-        self._shares = np.array([share for share, _ in weighted])
+        self._shares = np.array([share for share, _ in weighted], np.float64)
         self._shares /= self._shares.sum()
 
     def draw(self, rng: np.random.Generator, clicks: int) -> Lesson:
