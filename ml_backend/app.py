@@ -19,7 +19,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from ml_backend import auth, logs, metrics, openapi
 from ml_backend.admin import make_admin
-from ml_backend.connections import note_told
+from ml_backend.connections import note_serves, note_told
 from ml_backend.label_config import read_config
 from ml_backend.label_studio import empty_answer
 from ml_backend.limits import check_size
@@ -139,6 +139,7 @@ def create_app(service: Service) -> Flask:
     """Return the WSGI app over `service`, which is its extension; the caller starts and closes the service."""
     app = Flask("graco", static_folder=None)
     app.extensions[app.name] = service
+    note_serves(service.settings, service.version(None))
     app.config["MAX_CONTENT_LENGTH"] = service.settings.request_max_mb * 2**20
     busy_at = service.settings.threads * 3 // 4
     places = threading.BoundedSemaphore(busy_at)

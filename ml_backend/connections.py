@@ -1,8 +1,9 @@
 """Which of a project's ML backends is this one: the one that says the version that we told that project.
 
 Label Studio asks /setup when a connection is made, shown or listed, and keeps the version that it is answered. So what
-we told each project is kept as well, where the worker and other machines see it. The address tells little: behind a
-proxy it is the proxy's, and its port may be another backend's. Nothing heavy is imported here.
+we told each project is kept as well, where the worker and other machines see it. So is the version that the web process
+starts with, for the time before it has told anybody. The address tells little: behind a proxy it is the proxy's, and
+its port may be another backend's. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Connection(msgspec.Struct):
     title: str | None = None
     is_interactive: bool = False
     error_message: str | None = None
-    model_version: str | None = None  # the last one that it told Label Studio
+    model_version: str | None = None  # the last one that it told Label Studio; empty: none that this keeps
 
 
 def note_told(settings: Settings, project: str | int, version: str) -> None:
@@ -37,20 +38,36 @@ def note_told(settings: Settings, project: str | int, version: str) -> None:
     _told(settings).keep(str(project).partition(".")[0], version)
 
 
+def note_serves(settings: Settings, version: str) -> None:
+    """Remember which version the web process starts with."""
+    _serves(settings).keep("", version)
+
+
 def is_ours(settings: Settings, project: int, connection: Connection) -> bool:
     """Whether a project's connection leads to this backend.
 
-    One that has never told Label Studio a version counts by its port, so that the doctor can say what keeps it away.
+    Connected means that Label Studio has asked /setup for this very listing: if we did not hear it, another did. One
+    without a version counts by its port while Label Studio does not get through, so that the doctor can say what keeps
+    it away. Where we have told no project yet (an upgrade, a restored backup) the version of our base is enough.
     """
-    told = _told(settings).find(str(project))
-    if told is not None and connection.model_version is not None:
-        return _base(told) == _base(connection.model_version)
-    unheard = connection.model_version is None and connection.state != "CO"
-    return unheard and _port(connection.url) == settings.port
+    told, connected = _told(settings).find(str(project)), connection.state == "CO"
+    if connected and told is None:
+        return False
+    if not connection.model_version:  # with auto_update=false Label Studio keeps none of what we say
+        return connected or _port(connection.url) == settings.port
+    if told is None:
+        if not _told(settings).empty:
+            return False
+        told = _serves(settings).find("")
+    return told is not None and _base(told) == _base(connection.model_version)
 
 
 def _told(settings: Settings) -> ProjectTexts:
     return ProjectTexts(settings.shared / "told")
+
+
+def _serves(settings: Settings) -> ProjectTexts:
+    return ProjectTexts(settings.shared / "told" / "serves")
 
 
 def _base(version: str) -> str:

@@ -24,6 +24,11 @@ class ProjectTexts:
         """Name the folder; it is made when there is something to keep."""
         self._folder = folder
 
+    @property
+    def empty(self) -> bool:
+        """Whether no project has a text."""
+        return not any(self._folder.glob("*.txt"))
+
     def find(self, project: str) -> str | None:
         """Return the text of a project, by the name it was kept under, or None."""
         try:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ml_backend.__main__ import app
 from ml_backend.app import create_app
-from ml_backend.connections import Connection, is_ours, note_told
+from ml_backend.connections import Connection, is_ours, note_serves, note_told
 from ml_backend.fetch import make_fetcher
 from ml_backend.ingest import open_intake
 from ml_backend.jobs import _fetch_lost, _keep_up
@@ -143,10 +143,12 @@ def test_a_project_that_we_told_our_version_is_ours_behind_a_proxy_too(settings,
     assert compare(settings, intake) == (1, 0)
 
 
-def test_another_backend_on_our_port_is_not_us_and_we_are_found_while_we_are_away(settings):
-    def ours(project, **what):
-        return is_ours(settings, project, msgspec.convert(connected(**what), Connection))
+@pytest.fixture
+def ours(settings):
+    return lambda project, **what: is_ours(settings, project, msgspec.convert(connected(**what), Connection))
 
+
+def test_another_backend_on_our_port_is_not_us_and_we_are_found_while_we_are_away(settings, ours):
     here = f"http://elsewhere:{PORT}"
     note_told(settings, 3, VERSION)
     assert ours(3)
@@ -155,9 +157,28 @@ def test_another_backend_on_our_port_is_not_us_and_we_are_found_while_we_are_awa
     assert not ours(3, url=here, model_version="yolo-8")
     assert not ours(4, url=here), "the same version, told by a backend of another team"
     assert not ours(4, url=here, state="DI", model_version="yolo-8")
-    assert not ours(4, url=here, model_version=None), "we always say a version"
-    assert ours(4, url=here, state="DI", model_version=None), "it never got through"
-    assert not ours(4, state="DI", model_version=None)
+    assert not ours(4, state="DI"), "another team's, which is away just now"
+    for none in (None, ""):
+        assert not ours(4, url=here, model_version=none), "it got through to another: we would have heard it"
+        assert ours(4, url=here, state="DI", model_version=none), "it never got through"
+        assert not ours(4, state="DI", model_version=none)
+        assert ours(3, model_version=none), "auto_update=false: what we told is not kept there"
+        assert ours(3, url=here, state="ER", model_version=none)
+
+
+def test_before_we_have_told_any_project_the_version_of_our_base_is_enough_where_nobody_gets_through(settings, ours):
+    assert not ours(3, state="DI"), "not even we know our version"
+    with closing(Service(settings.model_copy(update={"auth": "off"}))) as service:
+        create_app(service)
+        base = service.version(None).partition("+")[0]
+    assert ours(3, state="DI", model_version=f"{base}+project-3-v0001-5e6f7a8b")
+    assert ours(3, state="ER", model_version=base)
+    assert not ours(3, state="DI", model_version="yolo-8")
+    assert not ours(3, model_version=base), "it got through to another"
+    note_serves(settings, VERSION)
+    assert ours(3, state="DI"), "the web process started anew, with other weights"
+    note_told(settings, 4, VERSION)
+    assert not ours(3, state="DI"), "Label Studio finds us: this one is another's"
 
 
 def test_a_worker_that_finds_no_project_of_its_own_says_so_once_and_looks_again(settings, studio, monkeypatch, caplog):
