@@ -1,6 +1,6 @@
 """What /setup brought or was answered, by project: short texts in files, for all processes.
 
-One file a project, named by a digest, which appears by rename; the least lately written go when there are too many.
+One file a project, named by a digest, which appears by rename; the least lately kept go when there are too many.
 """
 
 from __future__ import annotations
@@ -36,10 +36,19 @@ class ProjectTexts:
         except (OSError, UnicodeDecodeError):
             return None
 
+    def kept_s(self, project: str) -> float | None:
+        """Return when a project's text was last kept, the same or not (UTC seconds); None: never."""
+        try:
+            return self._path(project).stat().st_mtime
+        except OSError:
+            return None
+
     def keep(self, project: str, text: str) -> None:
         """Keep a project's text; a disk that is full is logged, no more."""
         if self.find(project) == text:
-            return
+            with contextlib.suppress(OSError):  # another process has removed it, or it is another user's: written anew
+                os.utime(self._path(project))
+                return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             handle, draft = tempfile.mkstemp(prefix=".draft-", dir=self._folder)

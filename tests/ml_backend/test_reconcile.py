@@ -1,6 +1,7 @@
 """What webhooks lost is fetched from a server that answers as Label Studio's API does."""
 
 import json
+import os
 import threading
 import time
 from contextlib import closing
@@ -164,6 +165,18 @@ def test_another_backend_on_our_port_is_not_us_and_we_are_found_while_we_are_awa
         assert not ours(4, state="DI", model_version=none)
         assert ours(3, model_version=none), "auto_update=false: what we told is not kept there"
         assert ours(3, url=here, state="ER", model_version=none)
+
+
+def test_a_project_that_was_moved_to_another_backend_of_the_same_base_is_ours_for_a_day(settings, ours):
+    note_told(settings, 3, VERSION)
+    (file,) = (settings.shared / "told").glob("*.txt")
+    earlier_s = time.time() - 2 * 86400
+    os.utime(file, (earlier_s, earlier_s))
+    assert not ours(3), "Label Studio has just asked another"
+    assert not ours(3, model_version="")
+    assert ours(3, state="DI"), "it asked nobody: we are away"
+    note_told(settings, 3, VERSION)
+    assert ours(3), "asked again, for the same version"
 
 
 def test_before_we_have_told_any_project_the_version_of_our_base_is_enough_where_nobody_gets_through(settings, ours):
