@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -580,7 +580,7 @@ def _upkeep(settings: Settings, *, once: bool) -> Iterator[None]:
 def _keep_up(settings: Settings, stop: threading.Event) -> None:
     wants = settings.reconcile_minutes > 0 and settings.label_studio_url and settings.label_studio_api_key
     asked_s, whole_s = -float("inf"), -float("inf")  # when Label Studio was asked, and when for everything
-    since_s: float | None = None
+    since_s: dict[int, float] = {}  # by project, when it was last compared: one found only now is looked at whole
     scored_s = -float("inf")  # when tasks were to be scored by whatever serves
     alone = 0  # how often no project was found to be connected
     while True:
@@ -590,8 +590,10 @@ def _keep_up(settings: Settings, stop: threading.Event) -> None:
             if wants and now_s - asked_s >= settings.reconcile_minutes * 60:
                 whole = now_s - whole_s >= _REDO_ALL_S
                 asked_s, begun_s = now_s, time.time()
-                found = _fetch_lost(settings, None if whole else since_s)
-                since_s = begun_s
+                if whole:
+                    since_s.clear()
+                found = _fetch_lost(settings, since_s)
+                since_s.update(dict.fromkeys(found.ids, begun_s))
                 if whole and found.projects:
                     whole_s = now_s
                 elif whole:  # and is again the next time; at first the web process may still be starting
@@ -620,7 +622,7 @@ def _look_after(settings: Settings, *, older_than_s: float = _SETTLE_S) -> None:
         enqueue_scores(settings, connection)
 
 
-def _fetch_lost(settings: Settings, since_s: float | None) -> Reconciled:
+def _fetch_lost(settings: Settings, since_s: Mapping[int, float]) -> Reconciled:
     from ml_backend.ingest import open_intake
     from ml_backend.reconcile import reconcile
 

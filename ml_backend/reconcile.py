@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -65,7 +65,7 @@ def reconcile(
     intake: Intake,
     *,
     project: int | None = None,
-    since_s: float | None = None,
+    since_s: Mapping[int, float] | None = None,
     report: Callable[[int, int, int], None] | None = None,
 ) -> Reconciled:
     """Put into the inbox what Label Studio has and the ledger has not, and delete what it has no longer.
@@ -74,7 +74,8 @@ def reconcile(
         settings: Label Studio's address and token, and how we know projects that are connected to us.
         intake: where it goes.
         project: only this one, connected or not; None: all that are connected to us.
-        since_s: UTC; only tasks changed since then are looked at, and deletions are left to another time. None: all.
+        since_s: UTC, by project; of these only tasks changed since then are looked at, and deletions are left to
+            another time.
         report: is called with a project's id, its tasks looked at and how many it has.
 
     Raises:
@@ -87,7 +88,7 @@ def reconcile(
     for one in projects if projects is not None else _connected(studio, settings):
         connected += 1
         try:
-            new, gone = _project(studio, intake, one, since_s, report)
+            new, gone = _project(studio, intake, one, (since_s or {}).get(one.id), report)
         except Refusal as refusal:
             if projects is not None:
                 raise

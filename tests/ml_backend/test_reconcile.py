@@ -206,6 +206,24 @@ def test_a_worker_that_finds_no_project_of_its_own_says_so_once_and_looks_again(
     assert "connect --project ID" in caplog.text
 
 
+def test_a_project_that_a_look_missed_is_looked_at_whole_when_it_is_found(settings, intake, studio, monkeypatch):
+    studio.add(annotation(id=1))
+    studio.add(annotation(id=2), project=4)
+    told = settings.model_copy(update={"redis_url": "unix:///nowhere", "reconcile_minutes": 1e-9})
+    monkeypatch.setattr("ml_backend.jobs._look_after", lambda *_, **__: None)
+    found = []
+
+    def wait(_):
+        found.append(intake.inbox.counts()["undone"])
+        studio.backends[4] = studio.backends[3]  # Label Studio reaches us for this one, too
+        return len(found) == 3
+
+    _keep_up(told, SimpleNamespace(wait=wait))
+    assert found == [1, 2, 2]
+    orders = [path.rpartition("query=")[2] for path in studio.asked if path.startswith("/api/tasks?project=4")]
+    assert ["updated_at" in order for order in orders] == [False, True], "whole, then what changed"
+
+
 def test_a_change_of_classes_that_no_webhook_brought_is_known_afterwards(settings, intake, studio):
     studio.add(annotation(id=1))
     compare(settings, intake)
@@ -272,7 +290,7 @@ def test_between_full_looks_only_tasks_that_changed_are_asked_for(settings, inta
         studio.add(annotation(id=number), updated_at=now if number > 190 else "2026-11-21T08:00:00Z")
     take(intake, event(annotation(id=999)))
     studio.asked.clear()
-    assert compare(settings, intake, since_s=time.time() - 60) == (50, 0), "one page"
+    assert compare(settings, intake, since_s={3: time.time() - 60}) == (50, 0), "one page"
     assert {number for number, _ in held(intake)} >= set(range(191, 201)) | {999}
     assert sum(path.startswith("/api/tasks") for path in studio.asked) == 1
 
@@ -295,7 +313,7 @@ def test_a_token_that_is_not_accepted_is_a_sentence(settings, intake):
 
 def test_the_worker_fetches_what_was_lost_and_queues_it(settings, intake, studio, redis_url):
     studio.add(annotation(id=1))
-    _fetch_lost(settings.model_copy(update={"redis_url": redis_url}), None)
+    _fetch_lost(settings.model_copy(update={"redis_url": redis_url}), {})
     assert intake.inbox.counts()["undone"] == 1
 
 
