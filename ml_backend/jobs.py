@@ -35,7 +35,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from rq import Queue, SimpleWorker, Worker
-from rq.exceptions import DuplicateJobError
+from rq.exceptions import DuplicateJobError, InvalidJobOperation, NoSuchJobError
 from rq.executions import Execution
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
@@ -312,7 +312,8 @@ def drain(settings: Settings, connection: redis.Redis, *, inbox: Inbox, older_th
     to = _queue(CORRECTIONS, connection)
     for job_id in to.failed_job_registry.get_job_ids(cleanup=False):
         if job_id.startswith(_RECEIVE):
-            to.failed_job_registry.requeue(job_id)
+            with contextlib.suppress(NoSuchJobError, InvalidJobOperation):  # Redis dropped it, or another was first
+                to.failed_job_registry.requeue(job_id)
     busy = {*to.get_job_ids(), *to.started_job_registry.get_job_ids(cleanup=False)}
     keys = [key for key in inbox.undone(_MOST_DRAINED, older_than_s) if f"ingest-{key}" not in busy]
     for key in keys:

@@ -188,6 +188,19 @@ def test_a_drain_queues_what_is_undone_and_nobody_is_at(tmp_path, label_studio, 
     assert drain(settings, connection, inbox=inbox, older_than_s=0) == 0
 
 
+def test_a_failed_event_of_another_machine_that_redis_has_dropped_holds_up_no_other(
+    tmp_path, label_studio, inbox, connection
+):
+    settings = settings_for(tmp_path / "data", label_studio)
+    corrections = queue(connection, CORRECTIONS)
+    failed = corrections.failed_job_registry
+    connection.zadd(failed.key, {"receive-dropped": time.time(), "receive-kept": time.time() + 1})
+    corrections.create_job(ml_backend.jobs.receive, args=["ANNOTATION_CREATED", ""], job_id="receive-kept").save()
+    key = inbox.add(b"1", "ANNOTATION_CREATED")
+    assert drain(settings, connection, inbox=inbox, older_than_s=0) == 1
+    assert corrections.get_job_ids() == ["receive-kept", f"ingest-{key}"]
+
+
 @pytest.mark.parametrize(
     ("pid", "host", "age_s", "again"),
     [(None, None, 0, 0), (0, None, 0, 1), (None, "elsewhere", 0, 0), (0, "elsewhere", 0, 0), (0, "elsewhere", 500, 1)],
