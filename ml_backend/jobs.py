@@ -130,7 +130,7 @@ class _Errand:
     """What is to be told to Redis."""
 
     tell: Callable[[redis.Redis], object]
-    otherwise: Callable[[], object] | None = None  # to be done where Redis does not answer; None: it waits in the inbox
+    otherwise: Callable[[], object] | None = None  # of an import: to be done where that fails; events wait in the inbox
 
 
 class HandOver:
@@ -154,7 +154,7 @@ class HandOver:
         self._put(partial(task, self._settings))
 
     def encode(self, images: Sequence[TaskImage], *, otherwise: Callable[[], object]) -> None:
-        """Have images encoded by the worker; `otherwise` is called where Redis does not answer, from the thread."""
+        """Have images encoded by the worker; `otherwise` is called where it cannot be told, from the thread."""
         self._put(partial(enqueue_encoding, images=images), otherwise)
 
     def tell(self, answers: Sequence[Answer]) -> None:
@@ -168,10 +168,12 @@ class HandOver:
             self._put(partial(send_events, self._settings, inbox=self._inbox))
 
     def close(self) -> None:
-        """End the thread; what it had not handed over stays in the inbox."""
+        """End the thread; events that it had not handed over stay in the inbox, images are encoded when opened."""
         with self._starting:
             if self._thread is not None:
-                self._forget()
+                imports = sum(errand.otherwise is not None for errand in self._forget())
+                if imports:
+                    log.warning("%d imports are not encoded ahead, since this process ends", imports)
                 self._errands.put(None)
                 self._thread.join()
 
@@ -193,20 +195,17 @@ class HandOver:
                 try:
                     errand.tell(connection)
                 except redis.RedisError as error:
-                    self._do_without([errand, *self._forget()], error)
-                except Exception:
-                    log.exception("an event waits in the inbox until the worker looks there")
+                    self._do_without([errand, *self._forget()], f"Redis does not answer ({error})")
+                except Exception as error:  # the next errand need not share it
+                    log.exception("the worker could not be told what to do")
+                    self._do_without([errand], f"the worker could not be told ({type(error).__name__})")
 
-    def _do_without(self, errands: Sequence[_Errand], error: redis.RedisError) -> None:
+    def _do_without(self, errands: Sequence[_Errand], why: str) -> None:
         imports = [errand.otherwise for errand in errands if errand.otherwise is not None]
         if waiting := len(errands) - len(imports):
-            log.warning(
-                "Redis does not answer (%s): %d events wait in the inbox until the worker looks there", error, waiting
-            )
+            log.warning("%s: %d events wait in the inbox until the worker looks there", why, waiting)
         if imports:
-            log.warning(
-                "Redis does not answer (%s): images are encoded by this process, as many as it can queue", error
-            )
+            log.warning("%s: images are encoded by this process, as many as it can queue", why)
         for otherwise in imports:
             otherwise()
 

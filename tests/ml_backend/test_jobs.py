@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 
@@ -122,6 +123,39 @@ def test_a_full_redis_is_a_redis_that_does_not_answer(make_service, redis_url, c
         connection.config_set("maxmemory", 0)
     assert "Redis does not answer" in caplog.text
     assert queue(connection).count == 0
+
+
+def test_an_import_that_the_worker_cannot_be_told_of_is_encoded_here(
+    make_service, redis_url, connection, monkeypatch, caplog
+):
+    service = make_service(start=False, redis_url=redis_url)
+    warmed = []
+    monkeypatch.setattr(service, "warm", lambda image: warmed.append(image) or True)
+    monkeypatch.setattr(ml_backend.jobs, "_digest", lambda _: 1 / 0)
+    encode_later(service, [TaskImage(1, "/data/upload/1/a.jpg")])
+    wait_until(lambda: warmed)
+    assert "the worker could not be told (ZeroDivisionError): images are encoded by this process" in caplog.text
+    assert "inbox" not in caplog.text, "an import does not wait there"
+
+
+def test_a_process_that_ends_says_which_imports_it_leaves(make_service, redis_url, connection, monkeypatch, caplog):
+    service = make_service(start=False, redis_url=redis_url)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hang(*_, **__):
+        begun.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(ml_backend.jobs, "enqueue_encoding", hang)
+    for number in range(3):
+        encode_later(service, [TaskImage(number, "/data/upload/1/a.jpg")])
+    service.hand_over.put("k")
+    assert begun.wait(10)
+    end = threading.Thread(target=service.hand_over.close)
+    end.start()
+    wait_until(lambda: "2 imports are not encoded ahead, since this process ends" in caplog.text)
+    go_on.set()
+    end.join()
 
 
 def test_of_more_images_than_the_disk_holds_the_first_are_encoded_ahead(make_service, redis_url, connection, caplog):
