@@ -42,6 +42,7 @@ MAX_REDIRECTS = 5
 _MAX_URI = 16 * 1024  # characters, data: aside
 _MAX_HEADERS = 64 * 1024  # bytes
 _MAX_TOKEN_ANSWER = 64 * 1024  # bytes
+_MAX_API_ANSWER = 100 * 2**20  # bytes; read as JSON it takes some times as much memory
 _CHUNK = 64 * 1024  # bytes
 _DIAL_LIMIT_S = 10.0  # one address; the next one may answer
 _REFRESH_EARLY_S = 30.0
@@ -60,6 +61,10 @@ _GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")  # mapped IPv4, NAT64, ULA, link-
 _SIX_TO_FOUR = ipaddress.IPv6Network("2002::/16")
 _SHARED = ipaddress.IPv4Network("100.64.0.0/10")
 _CLOUD_HOST = ipaddress.IPv4Address("168.63.129.16")  # Azure's own host, though its number looks public
+
+
+class TooLarge(Refusal):
+    """What a server sends has more bytes than we take."""
 
 
 class Deadline:
@@ -452,8 +457,8 @@ def _check_headers(headers: dict[str, bytes], url: _Url, max_bytes: int) -> None
         raise _too_many(f"{_shorten(length.decode('ascii'), 24)} bytes, more than {max_bytes}")
 
 
-def _too_many(what: str) -> Refusal:
-    return Refusal(f"the file has {what}; make it smaller or raise GRACO_IMAGE_MAX_MB")
+def _too_many(what: str) -> TooLarge:
+    return TooLarge(f"the file has {what}; make it smaller or raise GRACO_IMAGE_MAX_MB")
 
 
 def _late(deadline: Deadline) -> Refusal:
@@ -578,7 +583,7 @@ class Fetcher:
         Args:
             label_studio_url: None: only images elsewhere, and those inside the task, can be had.
             token: sent to that address only; None: Label Studio is asked without one.
-            max_bytes: largest file.
+            max_bytes: largest file; what Label Studio's API says has a limit of its own.
             timeout_s: longest time in all: names, connections, redirects, body.
             allow_hosts: host names, addresses and networks that images may come from although not public.
 
@@ -638,6 +643,7 @@ class Fetcher:
 
         Raises:
             Refusal: no address is known, or there is no answer in time.
+            TooLarge: the answer has more bytes than we take, whatever is taken for an image.
         """
         if self._own is None:
             raise Refusal("LABEL_STUDIO_URL is not set; set it to Label Studio's address as seen from here")
@@ -647,12 +653,17 @@ class Fetcher:
                 _read_url(f"{self._own.site}{self._prefix}{path}"),
                 deadline=deadline,
                 guard=None,
-                max_bytes=self._max_bytes,
+                max_bytes=_MAX_API_ANSWER,
                 authorization=self.auth.header(deadline) if self.auth else None,
                 content=content,
                 method=method,
                 every_body=True,
             )
+        except TooLarge:
+            raise TooLarge(
+                f"Label Studio's answer to {path.partition('?')[0]} has more than {_MAX_API_ANSWER // 2**20} MB, "
+                "which is more than is taken at once"
+            ) from None
         except TimeoutError:
             raise Refusal(
                 f"{self._own.site} did not answer within {timeout_s:g} s; check the address, and that it is not busy"

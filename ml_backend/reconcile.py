@@ -16,7 +16,7 @@ from urllib.parse import quote
 import msgspec
 
 from ml_backend.connections import Connection, is_ours
-from ml_backend.fetch import Fetcher, make_fetcher, read_answer
+from ml_backend.fetch import Fetcher, TooLarge, make_fetcher, read_answer
 from ml_backend.ingest import Intake, annotation_event, ingest, note_classes
 from ml_backend.label_studio import Json, changed_s
 from ml_backend.settings import Settings
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PAGE = 50  # tasks, with all their masks
+_PAGE = 64  # tasks, with all their masks; a power of two, so that halves of a page are pages
 _PROJECTS_PAGE = 100
 _LIMIT_S = 60.0  # of one page
 _MARGIN_S = 300.0  # by which clocks, and requests under way, may differ
@@ -154,11 +154,21 @@ def _project(
     seen: set[int] = set()
     present: set[int] = set()
     totals: set[int] = set()
-    added, complete, page = 0, True, 1
+    added, complete, place, size = 0, True, 0, _PAGE
     while True:
         order = _BY_ID if since_s is None else _NEWEST_FIRST
-        query = f"project={project.id}&page={page}&page_size={_PAGE}&fields=all&query={order}"
-        found = _get(studio, f"/api/tasks?{query}", _Tasks)
+        path = f"/api/tasks?project={project.id}&page={place // size + 1}&page_size={size}&query={order}&fields="
+        try:
+            found = _get(studio, f"{path}all", _Tasks)
+        except TooLarge as refusal:
+            if size > 1:
+                size //= 2
+                continue
+            found, complete = _get(studio, f"{path}task_only", _Tasks), False
+            log.warning(
+                "task %s of project %d is not compared, and nothing of the project is taken for deleted: %s",
+                *(found.tasks[0].get("id") if found.tasks else "?", project.id, refusal),
+            )
         totals.add(found.total)
         for task in found.tasks:
             annotations = task.get("annotations")
@@ -176,9 +186,11 @@ def _project(
                     added += _add(intake, annotation, task, project)
         if report is not None:
             report(project.id, len(seen), found.total)
-        if page * _PAGE >= found.total or not found.tasks or _is_older(found.tasks[-1], since_s):
+        place += size
+        if place >= found.total or not found.tasks or _is_older(found.tasks[-1], since_s):
             break
-        page += 1
+        if size < _PAGE and place % (2 * size) == 0:
+            size *= 2
     if since_s is not None or not complete or totals != {len(seen)}:  # tasks came or went meanwhile
         return added, 0
     for number in sorted(known.keys() - present):

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from ml_backend import fetch
-from ml_backend.fetch import Deadline, Fetcher, LabelStudioAuth
+from ml_backend.fetch import Deadline, Fetcher, LabelStudioAuth, TooLarge
 from model.types import Refusal
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
@@ -901,3 +901,12 @@ def test_tls_checks_the_name_that_was_asked_for(servers, monkeypatch, certificat
     monkeypatch.setattr(fetch, "_tls", lambda: trusting)
     assert own.fetch(good, 1) == PICTURE
     assert "is not trusted" in refusal(own.fetch, bad, 1)
+
+
+def test_what_the_api_says_has_a_limit_of_its_own_and_a_sentence_about_no_image(studio, monkeypatch):
+    studio.routes["*"] = b"x" * 5000
+    asked = fetcher(studio.url, max_bytes=99)
+    assert len(asked.ask("/api/tasks").body) == 5000
+    monkeypatch.setattr("ml_backend.fetch._MAX_API_ANSWER", 4000)
+    with pytest.raises(TooLarge, match="answer to /api/tasks has more than"):
+        asked.ask("/api/tasks?page=1")

@@ -88,6 +88,8 @@ class Studio:
                 tasks.sort(key=lambda task: task["updated_at"], reverse=True)
             page, size = int(query["page"]), int(query["page_size"])
             some = tasks[(page - 1) * size : page * size]
+            if query["fields"] == "task_only":
+                some = [{name: task[name] for name in task if name != "annotations"} for task in some]
             return (200, {"tasks": some, "total": len(tasks)}) if some or page == 1 else (404, {})
         return 404, {}
 
@@ -290,9 +292,28 @@ def test_between_full_looks_only_tasks_that_changed_are_asked_for(settings, inta
         studio.add(annotation(id=number), updated_at=now if number > 190 else "2026-11-21T08:00:00Z")
     take(intake, event(annotation(id=999)))
     studio.asked.clear()
-    assert compare(settings, intake, since_s={3: time.time() - 60}) == (50, 0), "one page"
+    assert compare(settings, intake, since_s={3: time.time() - 60}) == (64, 0), "one page"
     assert {number for number, _ in held(intake)} >= set(range(191, 201)) | {999}
     assert sum(path.startswith("/api/tasks") for path in studio.asked) == 1
+
+
+def test_a_page_that_is_too_large_is_halved_and_a_task_that_is_too_large_alone_is_left_out_by_name(
+    settings, intake, studio, monkeypatch, caplog
+):
+    for number in range(1, 101):
+        studio.add(annotation(id=number))
+    large = studio.tasks[3][69]
+    large["annotations"][0]["result"] *= 60
+    take(intake, event(annotation(id=999)))
+    monkeypatch.setattr("ml_backend.fetch._MAX_API_ANSWER", len(json.dumps(studio.tasks[3][:40])))
+    assert compare(settings, intake) == (99, 0)
+    assert {number for number, _ in held(intake)} == set(range(1, 101)) - {70} | {999}, "what is left out is not deleted"
+    assert "task 70 of project 3 is not compared" in caplog.text
+    assert "GRACO_IMAGE_MAX_MB" not in caplog.text
+    pages = [parse_qs(urlsplit(path).query) for path in studio.asked if path.startswith("/api/tasks")]
+    sizes = [int(page["page_size"][0]) for page in pages]
+    assert sizes[:3] == [64, 32, 32]
+    assert len(pages) < 30, "pages grow again behind it"
 
 
 def test_what_failed_stays_failed_until_someone_asks(settings, intake, studio, monkeypatch):
