@@ -16,7 +16,9 @@ import msgspec
 from ml_backend.project_texts import ProjectTexts
 from ml_backend.settings import Settings
 
-_LATELY_S = 86400.0  # seconds would do; clocks of machines that share a folder differ, and a disk may be full for a while
+_LATELY_S = (
+    86400.0  # seconds would do; clocks of machines that share a folder differ, and a disk may be full for a while
+)
 NOT_CONNECTED = (
     "no project of Label Studio is connected to this backend, so nothing that webhooks lose is fetched, and no tasks "
     "are scored: connect them (python -m ml_backend connect --project ID), or see what keeps them away "

@@ -62,10 +62,12 @@ ENCODE = "encode"
 _LIMIT_S = 120
 _ENCODED_MB = 5.5  # on the disk, of the largest photos
 _KEEP_FAILED_S = 600  # its id is taken as long, and the image not tried again
+_INGEST, _NEXT_TASKS = "ingest-", "next-tasks-"  # begin the ids of such jobs
 _RECEIVE = "receive-"  # begins the id of a job that brings an event of another machine
 _KEEP_RECEIVED_S = 30 * 86400  # an event of another machine that could not be written here: there is no other copy
 _INGEST_SPARE_S = 30  # of an event beyond the time to fetch its image
 _DRAIN_S = 30.0
+_MOST_DEATHS = 3  # of workers at one job
 _SETTLE_S = 20.0  # an event that came so recently is on its way by itself
 _MOST_DRAINED = 10_000
 _WORKER_TTL_S = 45  # rq's idle worker reports 15 s before, and is forgotten a minute after
@@ -237,7 +239,7 @@ def enqueue_ingest(settings: Settings, connection: redis.Redis, *, keys: Iterabl
     to = _queue(CORRECTIONS, connection)
     limit_s = int(settings.image_timeout_s) + _INGEST_SPARE_S
     for key in keys:
-        _enqueue(to, ingest, [key], f"ingest-{key}", limit_s=limit_s, keep_failed_s=60)
+        _enqueue(to, ingest, [key], f"{_INGEST}{key}", limit_s=limit_s, keep_failed_s=60)
 
 
 def send_events(settings: Settings, connection: redis.Redis, *, inbox: Inbox) -> None:
@@ -289,7 +291,7 @@ def enqueue_scores(settings: Settings, connection: redis.Redis) -> None:
         return
     for file in _due(settings, 0).parent.glob("*.due"):
         with contextlib.suppress(OSError):  # done just now
-            job_id = f"next-tasks-{file.stem}-{file.stat().st_mtime_ns}"
+            job_id = f"{_NEXT_TASKS}{file.stem}-{file.stat().st_mtime_ns}"
             _enqueue(_queue(CORRECTIONS, connection), score, [int(file.stem)], job_id, limit_s=_SCORE_LIMIT_S)
 
 
@@ -307,30 +309,33 @@ def drain(settings: Settings, connection: redis.Redis, *, inbox: Inbox, older_th
     Raises:
         redis.RedisError: Redis cannot be reached.
     """
-    requeue_abandoned(connection)
+    requeue_abandoned(settings, connection, inbox=inbox)
     to = _queue(CORRECTIONS, connection)
     for job_id in to.failed_job_registry.get_job_ids(cleanup=False):
         if job_id.startswith(_RECEIVE):
             with contextlib.suppress(NoSuchJobError, InvalidJobOperation):  # Redis dropped it, or another was first
                 to.failed_job_registry.requeue(job_id)
     busy = {*to.get_job_ids(), *to.started_job_registry.get_job_ids(cleanup=False)}
-    keys = [key for key in inbox.undone(_MOST_DRAINED, older_than_s) if f"ingest-{key}" not in busy]
+    keys = [key for key in inbox.undone(_MOST_DRAINED, older_than_s) if f"{_INGEST}{key}" not in busy]
     for key in keys:
-        job = to.fetch_job(f"ingest-{key}")
+        job = to.fetch_job(f"{_INGEST}{key}")
         if job is not None:  # failed, or lost between queue and worker
             job.delete()
     enqueue_ingest(settings, connection, keys=keys)
     return len(keys)
 
 
-def requeue_abandoned(connection: redis.Redis, names: Sequence[str] = (CORRECTIONS, ENCODE)) -> int:
-    """Queue again the jobs of workers that are no more; rq itself would leave them 'started' for minutes.
+def requeue_abandoned(settings: Settings, connection: redis.Redis, *, inbox: Inbox) -> int:
+    """Queue again the jobs of workers that are no more, and return how many; rq would leave them 'started' for minutes.
+
+    A job may be what kills them (out of memory, a crash in a library): it is given up at the third death.
 
     Raises:
         redis.RedisError: Redis cannot be reached.
+        sqlite3.Error: an event cannot be noted as given up; its job is left as it is.
     """
     found = 0
-    for name in names:
+    for name in (CORRECTIONS, ENCODE):
         to = _queue(name, connection)
         registry = to.started_job_registry
         for job_id, execution_id in registry.get_job_and_execution_ids(cleanup=False):
@@ -341,14 +346,39 @@ def requeue_abandoned(connection: redis.Redis, names: Sequence[str] = (CORRECTIO
             job = to.fetch_job(job_id)
             if job is not None and _is_at_work(connection, execution, job):
                 continue
-            registry.remove_execution(execution)
             if job is None or job.get_status(refresh=False) != JobStatus.STARTED:
+                registry.remove_execution(execution)
                 continue
-            log.warning("job %s was left by a worker that is no more, and is queued again", job_id)
+            deaths = int(job.meta.get("abandoned", 0)) + 1
+            if deaths >= _MOST_DEATHS:
+                _give_up(settings, job, inbox)
+            registry.remove_execution(execution)
             job.delete()
-            to.enqueue_job(job, at_front=True)
-            found += 1
+            if deaths < _MOST_DEATHS:
+                log.warning("job %s was left by a worker that is no more, and is queued again", job_id)
+                job.meta["abandoned"] = deaths
+                to.enqueue_job(job, at_front=deaths == 1)  # others first where it may be the job's own fault
+                found += 1
     return found
+
+
+def _give_up(settings: Settings, job: Job, inbox: Inbox) -> None:
+    """Have nothing try again by itself what a job was to do."""
+    why = f"{_MOST_DEATHS} workers died at job {job.id}: out of memory, or a crash in a library"
+    key = None
+    if job.id.startswith(_INGEST):
+        key = job.args[0]
+    elif job.id.startswith(_RECEIVE):
+        action, body = job.args
+        key = inbox.add(base64.b64decode(body), action)
+    elif job.id.startswith(_NEXT_TASKS):
+        _due(settings, job.args[0]).unlink(missing_ok=True)
+    if key is None:
+        log.error("%s; it is dropped", why)
+        return
+    while inbox.failed(key, why):
+        pass
+    log.error("%s; run 'reconcile --retry' once it is mended", why)
 
 
 def _is_at_work(connection: redis.Redis, execution: Execution, job: Job) -> bool:

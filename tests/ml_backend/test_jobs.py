@@ -240,7 +240,7 @@ def test_a_failed_event_of_another_machine_that_redis_has_dropped_holds_up_no_ot
     [(None, None, 0, 0), (0, None, 0, 1), (None, "elsewhere", 0, 0), (0, "elsewhere", 0, 0), (0, "elsewhere", 500, 1)],
 )
 def test_a_job_is_taken_from_a_worker_that_is_gone_and_from_no_other(
-    tmp_path, label_studio, connection, monkeypatch, pid, host, age_s, again
+    tmp_path, label_studio, inbox, connection, monkeypatch, pid, host, age_s, again
 ):
     settings = settings_for(tmp_path / "data", label_studio)
     enqueue_ingest(settings, connection, keys=["k"])
@@ -258,9 +258,64 @@ def test_a_job_is_taken_from_a_worker_that_is_gone_and_from_no_other(
     other.prepare_job_execution(job)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + age_s)
-    assert requeue_abandoned(connection) == again
+    assert requeue_abandoned(settings, connection, inbox=inbox) == again
     assert corrections.get_job_ids() == ["ingest-k"] * again
     assert len(corrections.started_job_registry.get_job_ids(cleanup=False)) == 1 - again
+
+
+def die_at(connection, name, job_id):
+    """Leave a job as a worker does that is killed at it."""
+    jobs = queue(connection, name)
+    dead = SimpleWorker([jobs], connection=connection, serializer=JSONSerializer)
+    connection.lrem(jobs.key, 0, job_id)
+    job = jobs.fetch_job(job_id)
+    dead.prepare_execution(job)  # it was never born: nothing is known of it
+    dead.prepare_job_execution(job)
+
+
+def test_an_event_that_kills_its_worker_three_times_is_given_up_with_a_reason(
+    tmp_path, label_studio, inbox, connection, caplog
+):
+    settings = settings_for(tmp_path / "data", label_studio)
+    corrections = queue(connection, CORRECTIONS)
+    deadly, good = (inbox.add(f"{number}".encode(), "ANNOTATION_CREATED") for number in range(2))
+    enqueue_ingest(settings, connection, keys=[good, deadly])
+    for waiting in ([deadly, good], [good, deadly], [good]):
+        die_at(connection, CORRECTIONS, f"ingest-{deadly}")
+        drain(settings, connection, inbox=inbox, older_than_s=0)
+        assert corrections.get_job_ids() == [f"ingest-{key}" for key in waiting]
+    assert inbox.counts() == {"undone": 1, "done": 0, "failed": 1}
+    assert f"3 workers died at job ingest-{deadly}: out of memory" in inbox.failures()[0][2]
+    assert corrections.fetch_job(f"ingest-{deadly}") is None
+    assert "run 'reconcile --retry'" in caplog.text
+
+
+def test_other_jobs_that_kill_their_workers_are_dropped_and_what_they_brought_is_kept(
+    tmp_path, label_studio, inbox, connection, redis_url, monkeypatch, caplog
+):
+    settings = settings_for(tmp_path / "data", label_studio)
+    monkeypatch.setenv("GRACO_REDIS_URL", redis_url)
+    spread([(1, "/data/upload/1/a.jpg")])
+    ml_backend.jobs.ask_for_scores(settings, 3)
+    ml_backend.jobs.enqueue_scores(settings, connection)
+    away = Inbox(tmp_path / "away.sqlite")
+    away.add(b"of another machine", "ANNOTATION_CREATED")
+    ml_backend.jobs.send_events(settings, connection, inbox=away)
+    away.close()
+    ids = {name: queue(connection, name).get_job_ids() for name in (CORRECTIONS, ENCODE)}
+    assert [len(some) for some in ids.values()] == [2, 1]
+    for again in (3, 3, 0):
+        for name, some in ids.items():
+            for job_id in some:
+                die_at(connection, name, job_id)
+        assert requeue_abandoned(settings, connection, inbox=inbox) == again
+    drain(settings, connection, inbox=inbox, older_than_s=0)
+    ml_backend.jobs.enqueue_scores(settings, connection)
+    assert [queue(connection, name).count for name in ids] == [0, 0]
+    assert inbox.counts() == {"undone": 0, "done": 0, "failed": 1}
+    assert (
+        f"3 workers died at job {ids[ENCODE][0]}: out of memory, or a crash in a library; it is dropped" in caplog.text
+    )
 
 
 def test_a_worker_without_a_redis_says_what_to_do(tmp_path, label_studio):
