@@ -16,9 +16,7 @@ import msgspec
 from ml_backend.project_texts import ProjectTexts
 from ml_backend.settings import Settings
 
-_LATELY_S = (
-    86400.0  # seconds would do; clocks of machines that share a folder differ, and a disk may be full for a while
-)
+_LATELY_S = 86400.0  # seconds would do, but the clocks of machines that share a folder differ
 NOT_CONNECTED = (
     "no project of Label Studio is connected to this backend, so nothing that webhooks lose is fetched, and no tasks "
     "are scored: connect them (python -m ml_backend connect --project ID), or see what keeps them away "
@@ -51,8 +49,8 @@ def is_ours(settings: Settings, project: int, connection: Connection) -> bool:
     """Whether a project's connection leads to this backend.
 
     Connected means that Label Studio has asked /setup for this very listing: if we did not hear it lately, another did.
-    One without a version counts by its port while Label Studio does not get through, so that the doctor can say what keeps
-    it away. Where we have told no project yet (an upgrade, a restored backup) the version of our base is enough.
+    One without a version counts by its port while Label Studio does not get through, so that the doctor can say what
+    keeps it away. Where we have told no project yet (an upgrade, a restored backup) the version of our base is enough.
     """
     told, connected = _told(settings).find(str(project)), connection.state == "CO"
     heard_s = _told(settings).kept_s(str(project))

@@ -307,9 +307,7 @@ def test_a_page_that_is_too_large_is_halved_and_a_task_that_is_too_large_alone_i
     take(intake, event(annotation(id=999)))
     monkeypatch.setattr("ml_backend.fetch._MAX_API_ANSWER", len(json.dumps(studio.tasks[3][:40])))
     assert compare(settings, intake) == (99, 0)
-    assert {number for number, _ in held(intake)} == set(range(1, 101)) - {70} | {999}, (
-        "what is left out is not deleted"
-    )
+    assert {number for number, _ in held(intake)} == set(range(1, 101)) - {70} | {999}, "nothing is deleted"
     assert "task 70 of project 3 is not compared" in caplog.text
     assert "GRACO_IMAGE_MAX_MB" not in caplog.text
     pages = [parse_qs(urlsplit(path).query) for path in studio.asked if path.startswith("/api/tasks")]
