@@ -23,11 +23,11 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
     region_id TEXT PRIMARY KEY, project TEXT, task_id INTEGER, image_id TEXT, digest TEXT NOT NULL,
     prompt TEXT NOT NULL, granularity REAL, model_version TEXT NOT NULL, answered_s REAL NOT NULL,
-    phrase TEXT, adapter TEXT, shape BLOB
+    phrase TEXT, adapter TEXT, shape BLOB, parts TEXT
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS answers_by_time ON answers (answered_s);
 """
-_ADDED = ("phrase TEXT", "adapter TEXT", "shape BLOB")  # columns that files of earlier versions lack
+_ADDED = ("phrase TEXT", "adapter TEXT", "shape BLOB", "parts TEXT")  # columns that files of earlier versions lack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,12 @@ class Answer:
     phrase: str | None  # the known name that was answered for; None: none was typed, or an unknown one
     adapter: str | None  # that made the shape; None: base weights
     shape: bytes | None  # as `label_studio.pack_shape` gives it; None: answered by a version that did not keep it
+    parts: str | None = None
+    """Region ids of a proposal that has several, with spaces between.
+
+    The first of them names all, itself first, the others only the first: a hundred times a hundred would be much. None:
+    the region is all of its proposal, or was answered by a version that did not say.
+    """
 
 
 _COLUMNS = ", ".join(field.name for field in fields(Answer))

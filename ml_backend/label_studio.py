@@ -15,7 +15,7 @@ import json
 import reprlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import cos, isfinite, nextafter, radians, sin
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,6 +55,7 @@ _brief.maxlevel = 2
 _DECIMALS = 4  # of percent: a tenth of a pixel in an image of MAX_SIDE
 _WITH_MASK = (*OUTPUT_KINDS, "ellipse")
 _ELLIPSE = ("x", "y", "radiusX", "radiusY")
+_CHANGED: dict[Kind, Kind] = {"accepted": "corrected", "predicted": "predicted-changed"}
 _OTHER_REGIONS = ("brush", "bitmask", "polygon", "ellipse", "vector")
 
 
@@ -238,9 +239,10 @@ def read_corrections(
     """Return what an annotation says of masks: a region for every id that has one.
 
     Results with one id are one region: a brush, bitmask, polygon, rectangle or ellipse; a line (`<Vector>`) is left
-    out. Its level is that of the answer it came from, else a number or level label of its own, else the per-task
-    number; its phrase is typed on it, else the one that was answered for. A box of a smart tag asks for a mask and is
-    none, unless the image has no other tag. Nothing larger than an image of `max_pixels` is ever held.
+    out. Those that we gave as parts of one proposal (an object behind a pole is two polygons) are one region as long as
+    they have one class. Its level is that of the answer it came from, else a number or level label of its own, else the
+    per-task number; its phrase is typed on it, else the one that was answered for. A box of a smart tag asks for a mask
+    and is none, unless the image has no other tag. Nothing larger than an image of `max_pixels` is ever held.
 
     Args:
         annotation: as webhooks and the API carry it, with its whole `result`.
@@ -264,7 +266,7 @@ def read_corrections(
             groups.setdefault(item["id"], _Group(item["id"])).items.append(item)
     slider = {"drafts": [{"result": [item for group in groups.values() for item in group.items]}]}
     skipped = annotation.get("was_cancelled") is True
-    regions: list[SubmittedRegion] = []
+    wholes: dict[tuple[str, str, str, int, int], list[SubmittedRegion]] = {}  # those of one entry make one region
     left_out: list[tuple[str, str]] = []
     for group in () if skipped else groups.values():
         kinds = {_type(item).removesuffix("labels"): item for item in reversed(group.items)}
@@ -274,10 +276,14 @@ def read_corrections(
                 left_out.append((group.id, "it is a line, which has no mask; draw it as a polygon or by brush"))
             continue
         group.anchor = shape
+        answer = find_answer(group.id)
         try:
-            regions.append(_submitted(config, group, task, slider, find_answer(group.id), max_pixels))
+            region = _submitted(config, group, task, slider, answer, max_pixels)
         except Refusal as refusal:
             left_out.append((group.id, str(refusal)))
+            continue
+        first = group.id if answer is None or answer.parts is None else answer.parts.split()[0]
+        wholes.setdefault((first, region.label, region.uri, region.height, region.width), []).append(region)
     return Submitted(
         project=project,
         annotation=number,
@@ -286,7 +292,7 @@ def read_corrections(
         ground_truth=annotation.get("ground_truth") is True,
         skipped=skipped,
         updated_s=changed_s(annotation) or received_s,
-        regions=tuple(regions),
+        regions=tuple(_united(parts, first, find_answer) for (first, *_), parts in wholes.items()),
         left_out=tuple(left_out),
     )
 
@@ -346,12 +352,6 @@ def _submitted(
         raise Refusal("its mask is empty")
     rle = encode(mask)
     unchanged = answer is not None and shape_digest(value) == answer.digest
-    proposed: Rle | None = rle if unchanged else None
-    if answer is not None and answer.shape is not None and not unchanged:
-        try:
-            proposed = encode(_mask(unpack_shape(answer.shape), height, width))
-        except (Refusal, ValueError, zlib.error):  # of another size, or damaged
-            proposed = None
     return SubmittedRegion(
         region=group.id,
         uri=_uri(image, task, group.item_index),
@@ -363,8 +363,49 @@ def _submitted(
         phrase=_phrase_of(config, group, answer),
         clicks=_clicks(answer),
         kind=_kind(group.anchor.get("origin"), known=answer is not None, unchanged=unchanged),
-        proposed=proposed,
+        proposed=rle if unchanged else _proposed(answer, height, width),
         adapter=None if answer is None else answer.adapter,
+    )
+
+
+def _proposed(answer: Answer | None, height: int, width: int) -> Rle | None:
+    from model.annotations import encode
+
+    if answer is None or answer.shape is None:
+        return None
+    try:
+        return encode(_mask(unpack_shape(answer.shape), height, width))
+    except (Refusal, ValueError, zlib.error):  # of another size, or damaged
+        return None
+
+
+def _united(
+    parts: Sequence[SubmittedRegion], first: str, find_answer: Callable[[str], Answer | None]
+) -> SubmittedRegion:
+    """Return what came back of one proposal as one region, under the id of its first part that did.
+
+    Args:
+        parts: what came back, or a region that is no part of anything.
+        first: id of the proposal's first part, or of that region.
+        find_answer: gives what we answered under a region id.
+    """
+    from model.annotations import unite
+
+    one, head = parts[0], find_answer(first)
+    ids = head.parts.split() if head is not None and head.parts is not None else []
+    if one.region == first and not ids:
+        return one
+    there = {part.region: part for part in parts}
+    shapes = [
+        there[part].proposed if part in there else _proposed(find_answer(part), one.height, one.width) for part in ids
+    ]
+    known = [shape for shape in shapes if shape is not None]
+    unchanged = there.keys() == set(ids) and all(part.kind in _CHANGED for part in parts)
+    return replace(
+        one,
+        mask=unite([part.mask for part in parts]),
+        kind=one.kind if unchanged else _CHANGED.get(one.kind, one.kind),
+        proposed=unite(known) if known and len(known) == len(ids) else None,
     )
 
 

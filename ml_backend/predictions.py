@@ -219,7 +219,7 @@ def _write(
     phrase: str | None = None,
     given: bool = True,
 ) -> list[Json]:
-    """Return the regions of all proposals, and remember each one.
+    """Return the regions of all proposals, and remember each one, and which are parts of one proposal.
 
     A level that the annotator did not give is neither written nor remembered: it says nothing of what was meant.
     """
@@ -239,7 +239,7 @@ def _write(
             index=index,
         )
         regions += written
-        ids = dict.fromkeys(region["id"] for region in written)  # in order, one for each value
+        ids = list(dict.fromkeys(region["id"] for region in written))  # in order, one for each value
         granularity = ask.level if level is None else level.value
         answers += [
             Answer(
@@ -254,6 +254,7 @@ def _write(
                 phrase=phrase,
                 adapter=one.adapter,
                 shape=shape,
+                parts=None if len(ids) == 1 else " ".join(ids) if region_id == ids[0] else ids[0],
             )
             for region_id, digest, shape in zip(ids, one.digests, one.packed, strict=True)
         ]

@@ -197,6 +197,16 @@ def overlaps(masks: Sequence[Rle]) -> npt.NDArray[np.float64]:
     return np.array(coco.iou(plain, plain, [0] * len(plain)), np.float64).reshape(len(plain), len(plain))
 
 
+def unite(segmentations: Sequence[Rle]) -> Rle:
+    """Return the union of masks of one size, at least one.
+
+    >>> decode(unite([encode(np.array([[True, False]])), encode(np.array([[False, True]]))]))
+    array([[ True,  True]])
+    """
+    found = coco.merge(list(segmentations))
+    return {"size": [int(side) for side in found["size"]], "counts": found["counts"]}
+
+
 def read_annotations(source: Path, *, kind: Source = "auto", split: str | None = None) -> AnnotationSet:
     """Return the annotated photos of a file or folder.
 

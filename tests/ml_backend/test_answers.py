@@ -23,6 +23,7 @@ def answer(region_id="r1", digest="d1"):
         phrase="wheel",
         adapter="light-granularity-1",
         shape=b"rshape",
+        parts="r1 r2",
     )
 
 
@@ -61,7 +62,7 @@ def test_a_file_of_the_first_version_is_gone_on_with(path):
     with closing(AnswerStore(path, limit=100)) as store:
         store.remember([answer()])
         old = store.find("r0")
-        assert (old.digest, old.adapter, old.phrase, old.shape) == ("d0", None, None, None)
+        assert (old.digest, old.adapter, old.phrase, old.shape, old.parts) == ("d0", None, None, None, None)
         assert store.find("r1") == answer()
 
 

@@ -926,6 +926,66 @@ def test_a_stored_prediction_says_what_became_of_it_unless_we_know_better(origin
     assert only(submitted(region(painted(blob()), origin=origin), answers=answers)).kind == kind
 
 
+POLYGONS = read_config(make_config(["Object", "Part"], output="polygon"))
+LEFT, RIGHT = blob(right=6), blob(left=12, right=15)  # a person behind a pole
+
+
+def outline(mask):
+    (value,) = shape_values("polygon", mask)
+    return value
+
+
+def behind_a_pole(*regions, forgotten=(), origin="manual"):
+    """What is read where the left and the right part of one proposal were answered, and `regions` came back."""
+    answers = {
+        "left": remembered(outline(LEFT), region_id="left", parts="left right", granularity=1.0),
+        "right": remembered(outline(RIGHT), region_id="right", parts="left", granularity=1.0),
+    }
+    found = [region(outline(mask), kind="polygon", id=name, origin=origin, **more) for name, mask, more in regions]
+    return submitted(*found, answers={k: v for k, v in answers.items() if k not in forgotten}, config=POLYGONS).regions
+
+
+def test_the_parts_of_one_proposal_are_one_correction():
+    (one,) = behind_a_pole(("left", LEFT, {}), ("right", RIGHT, {}))
+    np.testing.assert_array_equal(decode(one.mask), LEFT | RIGHT)
+    assert (one.region, one.kind, one.granularity, one.adapter) == ("left", "accepted", 1.0, "a1")
+    assert one.proposed == one.mask
+    (stored,) = behind_a_pole(("left", LEFT, {}), ("right", RIGHT, {}), origin="prediction")
+    assert stored.kind == "predicted"
+
+
+@pytest.mark.parametrize(
+    ("regions", "mask"),
+    [
+        ([("left", LEFT, {}), ("right", blob(left=12, right=17), {})], LEFT | blob(left=12, right=17)),
+        ([("left", LEFT, {})], LEFT),
+        ([("right", RIGHT, {})], RIGHT),
+    ],
+    ids=["one was changed", "the second was deleted", "the first was deleted"],
+)
+def test_a_proposal_of_which_a_part_was_changed_or_deleted_is_corrected(regions, mask):
+    (one,) = behind_a_pole(*regions)
+    np.testing.assert_array_equal(decode(one.mask), mask)
+    assert (one.region, one.kind, one.granularity) == (regions[0][0], "corrected", 1.0)
+    np.testing.assert_array_equal(decode(one.proposed), LEFT | RIGHT)
+
+
+def test_a_part_that_was_given_another_class_is_an_object_of_its_own():
+    first, second = behind_a_pole(("left", LEFT, {}), ("right", RIGHT, {"label": "Part"}))
+    assert [(one.region, one.kind, one.label) for one in (first, second)] == [
+        ("left", "corrected", "Object"),
+        ("right", "corrected", "Part"),
+    ]
+    np.testing.assert_array_equal(decode(second.mask), RIGHT)
+
+
+def test_a_part_whose_proposal_is_forgotten_in_part_is_corrected_and_what_was_proposed_is_unknown():
+    (one,) = behind_a_pole(("right", RIGHT, {}), forgotten=["left"])
+    assert (one.region, one.kind, one.proposed) == ("right", "corrected", None)
+    left, right = behind_a_pole(("left", LEFT, {}), ("right", RIGHT, {}), forgotten=["right"])
+    assert (left.kind, left.proposed, right.kind) == ("corrected", None, "drawn")
+
+
 def test_an_accepted_region_of_every_kind_is_what_was_answered():
     for output in ("brush", "bitmask", "polygon", "rectangle"):
         config = read_config(make_config(["Object"], output=output))

@@ -146,6 +146,16 @@ def test_every_region_is_remembered_with_prompt_level_and_digest(service):
     assert (answer.adapter, answer.phrase) == (service.serving(None).segmenter.adapter, None)
 
 
+def test_the_regions_of_one_proposal_are_remembered_as_its_parts(service, monkeypatch):
+    square = {"points": [[10, 10], [20, 10], [20, 20]], "closed": True}
+    monkeypatch.setattr("ml_backend.predictions.shape_values", lambda kind, mask: [square] * 3)
+    ids = list(dict.fromkeys(region["id"] for region in one(service, ask(click(33, 40), output="polygon"))["result"]))
+    assert [service.answers.find(region).parts for region in ids] == [" ".join(ids), ids[0], ids[0]]
+    monkeypatch.setattr("ml_backend.predictions.shape_values", lambda kind, mask: [square])
+    alone = one(service, ask(click(34, 40), output="polygon"))["result"][0]["id"]
+    assert service.answers.find(alone).parts is None
+
+
 def test_what_the_base_answers_is_remembered_as_the_bases(service):
     mask = masks_of(one(service, ask(click(31, 40))))[0]
     assert service.answers.find(mask["id"]).adapter is None
