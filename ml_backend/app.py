@@ -143,7 +143,8 @@ def create_app(service: Service) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = service.settings.request_max_mb * 2**20
     busy_at = service.settings.threads * 3 // 4
     places = threading.BoundedSemaphore(busy_at)
-    schemas = ProjectTexts(service.settings.data_dir / "schemas")  # for servers that send none with /predict
+    # For servers that send none with /predict; the suffix is that of files which earlier versions left.
+    schemas = ProjectTexts(service.settings.data_dir / "schemas", suffix=".xml")
     state = metrics.StateCollector(lambda: read_state(service))
 
     @app.before_request

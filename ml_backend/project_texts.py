@@ -20,9 +20,10 @@ _MOST = 1000
 class ProjectTexts:
     """One text for each project, in one folder."""
 
-    def __init__(self, folder: Path) -> None:
-        """Name the folder; it is made when there is something to keep."""
+    def __init__(self, folder: Path, *, suffix: str = ".txt") -> None:
+        """Name the folder, which is made when there is something to keep, and what the names of its files end in."""
         self._folder = folder
+        self._suffix = suffix
 
     @property
     def empty(self) -> bool:
@@ -64,10 +65,10 @@ class ProjectTexts:
             log.warning("what /setup said of a project is not kept in %s: %s", self._folder.name, error)
 
     def _path(self, project: str) -> Path:
-        return self._folder / f"{hashlib.sha256(project.encode(errors='replace')).hexdigest()[:32]}.txt"
+        return self._folder / f"{hashlib.sha256(project.encode(errors='replace')).hexdigest()[:32]}{self._suffix}"
 
     def _prune(self) -> None:
-        kept = sorted(self._folder.glob("*.txt"), key=lambda path: path.stat().st_mtime)
+        kept = sorted(self._folder.glob(f"*{self._suffix}"), key=lambda path: path.stat().st_mtime)
         for path in kept[:-_MOST]:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()

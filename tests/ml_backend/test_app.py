@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import json
 import logging
 import statistics
@@ -107,6 +108,14 @@ def test_a_configuration_from_setup_serves_requests_that_bring_none(client):
     assert post(client, body).status_code == 422
     post(client, {"project": "77.1", "schema": GOOD["label_config"]}, "/setup")
     assert one(post(client, body))["result"]
+
+
+def test_a_configuration_that_an_earlier_version_kept_is_found(client, service):
+    folder = service.settings.data_dir / "schemas"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(b"78.1").hexdigest()[:32]
+    (folder / f"{name}.xml").write_text(GOOD["label_config"], encoding="utf-8")
+    assert one(post(client, GOOD | {"label_config": None, "project": "78.1"}))["result"]
 
 
 def test_identical_requests_get_identical_bodies_and_another_click_on_the_same_spot_another_region(client):
