@@ -11,11 +11,12 @@ from active_learning.registry import AdapterRegistry
 from active_learning.status import TrainingStatus
 from ml_backend import charts
 from ml_backend.admin_common import Answer, given, known_lines, ledger, line_or_404, show_at, telling
-from ml_backend.service import Service
+from ml_backend.service import BoundedCache, Service
 from ml_backend.trainings import folder_of, new_for, request, why_not
 from model.types import Refusal
 
 _SHOWN = 20  # of those that ended
+_CHECKED = 100  # versions of which it is remembered whether their files are intact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,19 +38,20 @@ class _Line:
 def add_trainings(admin: Blueprint, service: Service) -> None:
     """Add the page to the blueprint."""
     settings = service.settings
+    checked: BoundedCache[bool] = BoundedCache(_CHECKED)
 
     @admin.get("/training")
     def training() -> Answer:
         kept = {(line, version.id) for line in service.registry.lines() for version in service.registry.versions(line)}
         return render_template(
-            "admin/training.html", lines=[_look(service, line) for line in known_lines(service)], kept=kept
+            "admin/training.html", lines=[_look(service, line, checked) for line in known_lines(service)], kept=kept
         )
 
     @admin.post("/training/start")
     def start_training() -> Answer:
         line = line_or_404(service, given("line"))
         with telling():
-            stands = _look(service, line)
+            stands = _look(service, line, checked)
             if stands.why_not is not None:
                 raise Refusal(f"no training of {line} was started: {stands.why_not}")
             status = request(settings, line, "asked for on the admin page")
@@ -67,7 +69,7 @@ def add_trainings(admin: Blueprint, service: Service) -> None:
         return show_at("admin.training", line)
 
 
-def _look(service: Service, line: str) -> _Line:
+def _look(service: Service, line: str, checked: BoundedCache[bool]) -> _Line:
     folder = folder_of(service.settings, line)
     pending, ended, losses = folder.pending(), folder.history(), folder.losses()
     last = folder.status()
@@ -76,10 +78,11 @@ def _look(service: Service, line: str) -> _Line:
             new: int | None = new_for(store, folder)
     except Refusal:
         new = None
+    whole = pending is not None or new != 0 or _is_whole(service.registry, line, checked)  # else it does not matter
     return _Line(
         name=line,
         new=new,
-        why_not=why_not(pending or last, 1 if new is None else new, whole=_is_whole(service.registry, line)),
+        why_not=why_not(pending or last, 1 if new is None else new, whole=whole),
         pending=pending,
         cancelled=folder.cancelled,
         curve=charts.line(
@@ -89,12 +92,26 @@ def _look(service: Service, line: str) -> _Line:
     )
 
 
-def _is_whole(registry: AdapterRegistry, line: str) -> bool:
-    """Whether the version of a line that is to serve can do so, or none of its own is."""
+def _is_whole(registry: AdapterRegistry, line: str, checked: BoundedCache[bool]) -> bool:
+    """Whether the version of a line that is to serve can do so, or none of its own is.
+
+    The page asks every two seconds, so a file is read again only once it has changed.
+    """
     try:
         version = registry.active(line)
-        if version is not None:
-            registry.intact(version)
-    except Refusal:
+        if version is None:
+            return True
+        path = registry.path(version)
+        found = path.stat()
+    except (OSError, Refusal):
         return False
-    return True
+    key = (path, version.digest, version.base, found.st_mtime_ns, found.st_size)
+    whole = checked.get(key)
+    if whole is None:
+        try:
+            registry.intact(version)
+            whole = True
+        except Refusal:
+            whole = False
+        checked.put(key, whole)
+    return whole

@@ -38,6 +38,12 @@ def add_versions(admin: Blueprint, service: Service) -> None:
         except Refusal:
             abort(404, "There is no such version.")
 
+    def active_of(line: str) -> str | None:
+        try:
+            return registry.active_id(line)
+        except Refusal:
+            return None
+
     def pair_or_404(line: str, first: str, second: str) -> list[AdapterVersion | None]:
         return [None if one == CONFIGURED else version_or_404(line, one) for one in (first, second)]
 
@@ -52,7 +58,7 @@ def add_versions(admin: Blueprint, service: Service) -> None:
         folder = registry.path(found).parent
         return render_template(
             "admin/version.html",
-            line=_look(service, line),
+            active=active_of(line),
             version=found,
             facts=[(name, shown(value)) for name, value in facts_of(found).items() if name != "note"],
             pictures={name: title for name, title in _PICTURES.items() if (folder / name).is_file()},
@@ -121,7 +127,7 @@ def add_versions(admin: Blueprint, service: Service) -> None:
             second=second,
             live=comparisons.get(line, first, second),
             photos=PHOTOS,
-            active=_look(service, line).active,
+            active=active_of(line),
             configured=CONFIGURED,
             **both,
         )

@@ -18,6 +18,7 @@ from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 
 from active_learning.corrections import CorrectionStore
+from active_learning.registry import AdapterRegistry
 from ml_backend.app import create_app
 from ml_backend.inbox import ATTEMPTS
 from ml_backend.jobs import CORRECTIONS
@@ -367,6 +368,26 @@ def test_a_training_is_offered_without_new_corrections_where_the_version_that_sh
     assert "A training would bring nothing now: nothing was corrected since the last training." in text
     registry.path(two[0]).write_bytes(b"torn")
     assert "Start a training of project-3" in page(client, "/admin/training")
+
+
+def test_the_page_on_trainings_reads_an_adapter_once_and_only_where_it_matters(
+    make_admin, tmp_path, registry, two, monkeypatch
+):
+    read = []
+    intact = AdapterRegistry.intact
+    monkeypatch.setattr(
+        AdapterRegistry, "intact", lambda self, version: read.append(version.id) or intact(self, version)
+    )
+    fill(tmp_path / "data", photos=2)
+    client, service = make_admin()
+    read.clear()
+    page(client, "/admin/training")
+    assert read == [], "there are new corrections, so a training would bring something in any case"
+    folder = folder_of(service.settings, "project-3")
+    folder.end(folder.ask("a test", now_s=time.time() + 1), "published", "it won", version=two[0].id)
+    for _ in range(3):
+        page(client, "/admin/training")
+    assert read == [registry.active_id("project-3")]
 
 
 def test_versions_are_compared_on_the_objects_that_both_were_judged_on_and_live_on_photos(make_admin, tmp_path, two):
