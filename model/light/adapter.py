@@ -23,7 +23,7 @@ from model.light.ladder import Ladder, LadderDecoder
 from model.light.network import MaskDecoder
 from model.light.tail import Moved, moved_by
 from model.segmenter import Encoded, digest_of_file
-from model.text import THRESHOLD, Vocabulary, clean, load_phrase_encoder, names_part
+from model.text import MINILM, THRESHOLD, Vocabulary, clean, load_phrase_encoder, names_part
 from model.types import Granularity, Prompt, Refusal
 
 LEVEL, PHRASE = "level", "phrase"
@@ -35,6 +35,7 @@ PART = Granularity(2)
 """What a word for a part asks for; chosen among 0.1 .. 0.5 on car parts (docs/experiments.md)."""
 _OF_BASE = ("transformer.", "iou_token.", "mask_tokens.")  # what stays as the base has it, sums aside
 _SEEN = 16  # images whose embeddings a moved tail keeps, 2 MB each; further ones take the tail's time again
+_EARLIER_THRESHOLD = 0.58  # the default before `THRESHOLD` was raised; the shipped adapter and its offspring say it
 VOCABULARY = "vocabulary"
 """Name of the tensor that holds the vectors of known names."""
 
@@ -169,5 +170,7 @@ def _decoder(found: AdapterFile, base: MaskDecoder, width: int, branches: list[s
 
 def _vocabulary(found: AdapterFile) -> Vocabulary:
     encoder = load_phrase_encoder(found.card["phrase_encoder"])
-    threshold = max(THRESHOLD, found.card["phrase_threshold"])  # cards of 0.58 were written before it was raised
+    threshold = float(found.card["phrase_threshold"])
+    if encoder.name == MINILM and threshold == _EARLIER_THRESHOLD:
+        threshold = THRESHOLD
     return Vocabulary(found.card["vocabulary"], encoder, threshold, vectors=found.plain.get(VOCABULARY))

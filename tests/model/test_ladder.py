@@ -8,13 +8,14 @@ import pytest
 import torch
 from scipy.optimize import isotonic_regression
 
+from model.adapter import read_adapter, write_adapter
 from model.geometry import Fit
 from model.light.adapter import load_ladder
 from model.light.encoder import TorchEncoder
 from model.light.ladder import LOGITS_PER_CELL, LadderDecoder, _between, cells, fill_square, growing
 from model.light.network import CHANNELS, GRID, POINT_PADDING, POINT_POSITIVE, SIDE
 from model.segmenter import BUNDLED, BUNDLED_ADAPTER
-from model.types import LEVELS
+from model.types import LEVELS, Prompt
 
 WIDTH = 5  # of a phrase's vector
 
@@ -131,3 +132,17 @@ def test_an_adapter_is_loaded_beside_a_base_on_another_device(segmenter):
     base = copy.deepcopy(segmenter.mask_decoder).to("meta")
     adapter = load_ladder(BUNDLED_ADAPTER, base, segmenter.digest, TorchEncoder(BUNDLED, torch.device("cpu")).tail)
     assert {tensor.device.type for tensor in adapter.level.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("threshold", "desk", "sofa"),  # 0.60 from chair, and 0.86 from couch
+    [(0.58, None, "couch"), (0.64, None, "couch"), (0.57, "chair", "couch"), (0.95, None, None)],
+)
+def test_a_card_chooses_its_threshold_and_the_earlier_default_means_todays(segmenter, tmp_path, threshold, desk, sofa):
+    found = read_adapter(BUNDLED_ADAPTER)
+    path = tmp_path / "a.safetensors"
+    write_adapter(path, card=found.card | {"phrase_threshold": threshold}, plain=found.plain, lora=found.lora)
+    tail = TorchEncoder(BUNDLED, torch.device("cpu")).tail
+    adapter = load_ladder(path, segmenter.mask_decoder, segmenter.digest, tail)
+    understood = [adapter.understood(Prompt(phrase=typed)).phrase for typed in ("desk", "sofa")]
+    assert understood == [desk, sofa]
