@@ -269,8 +269,8 @@ def read_corrections(
     wholes: dict[tuple[str, str, str, int, int], list[SubmittedRegion]] = {}  # those of one entry make one region
     left_out: list[tuple[str, str]] = []
     for group in () if skipped else groups.values():
-        kinds = {_type(item).removesuffix("labels"): item for item in reversed(group.items)}
-        shape = next((item for kind, item in kinds.items() if kind in _WITH_MASK), None)
+        kinds = [_type(item).removesuffix("labels") for item in group.items]
+        shape = next((item for item, kind in zip(group.items, kinds, strict=True) if kind in _WITH_MASK), None)
         if shape is None:
             if "vector" in kinds:
                 left_out.append((group.id, "it is a line, which has no mask; draw it as a polygon or by brush"))

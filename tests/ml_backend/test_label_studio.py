@@ -877,6 +877,12 @@ def test_an_ellipse_is_a_mask_too_and_is_turned_about_its_middle():
     assert "empty" in why
 
 
+def test_of_an_id_with_two_kinds_of_shape_the_first_counts():
+    brushed, outlined = region(painted(blob())), region(outline(LEFT), kind="polygon")
+    np.testing.assert_array_equal(decode(only(submitted(brushed, outlined)).mask), blob())
+    np.testing.assert_array_equal(decode(only(submitted(outlined, brushed)).mask), LEFT)
+
+
 def test_a_line_is_left_out_with_the_reason():
     found = submitted(region({"vertices": [{"x": 1, "y": 2}, {"x": 3, "y": 4}]}, kind="vector"))
     assert found.regions == ()
