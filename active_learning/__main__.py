@@ -16,6 +16,7 @@ from rich.progress import TextColumn
 from active_learning.base_training import Recipe, train_base
 from active_learning.bundle import BUNDLED_SETS, bundle
 from model.bars import progress_bar
+from model.files import remedy_of
 from model.segmenter import BUNDLED, Device, EncoderChoice, load_segmenter
 from model.types import Refusal
 
@@ -70,7 +71,7 @@ def train_base_command(
         console.print(f"[red]{escape(str(refusal))}[/red]")
         raise typer.Exit(2) from refusal
     except OSError as error:
-        said = f"{error}; choose another --out ({out}) or --embeddings ({embeddings}), or free some space"
+        said = f"{error}{remedy_of(error, {'--out': out, '--embeddings': embeddings})}"
         console.print(f"[red]{escape(said)}[/red]")
         raise typer.Exit(2) from error
     print(path)
@@ -95,7 +96,7 @@ def bundle_command(
         Console(stderr=True).print(f"[red]{escape(str(refusal))}[/red]")
         raise typer.Exit(2) from refusal
     except OSError as error:
-        said = f"{error}; choose another --out ({out}), or free some space"
+        said = f"{error}{remedy_of(error, {'--out': out})}"
         Console(stderr=True).print(f"[red]{escape(said)}[/red]")
         raise typer.Exit(2) from error
     print(out)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from model.annotations import Source, read_annotations
 from model.bars import progress_bar
 from model.evaluation.command import evaluate
+from model.files import remedy_of
 from model.propose import Progress, options_for
 from model.propose import propose as run
 from model.segmenter import BUNDLED, EncoderChoice, load_segmenter
@@ -90,7 +91,7 @@ def propose(
         console.print(f"[red]{escape(str(refusal))}[/red]")
         raise typer.Exit(2) from refusal
     except OSError as error:
-        said = f"{error}; choose another --out ({out}) or --embeddings, or free some space"
+        said = f"{error}{remedy_of(error, {'--out': out, '--embeddings': embeddings})}"
         console.print(f"[red]{escape(said)}[/red]")
         raise typer.Exit(2) from error
     for sentence in done.refusals:

@@ -20,6 +20,7 @@ from model.evaluation.report import draw_sheet, write_report
 from model.evaluation.runner import ModelSource, Results, Task, key_of, left_of, plan, run, scene_of
 from model.evaluation.sets import Selection, evenly_spaced, select
 from model.evaluation.summary import figures_of, groups_of, numbers_of
+from model.files import remedy_of
 from model.segmenter import BUNDLED, BUNDLED_ADAPTER, Device, EncoderChoice, Speed
 from model.types import Granularity, Refusal
 
@@ -119,7 +120,7 @@ def evaluate(
         results = Results(out / "results.jsonl")
         _Evaluation(found, chosen, options, source, EmbeddingFolder(embeddings), results, jobs, Console()).run(sheet)
     except (Refusal, OSError) as error:
-        remedy = "" if isinstance(error, Refusal) else "; give another --out or --embeddings, or free some space"
+        remedy = remedy_of(error, {"--out": out, "--embeddings": embeddings}) if isinstance(error, OSError) else ""
         Console(stderr=True).print(f"error: {error}{remedy}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from error
 

@@ -1,5 +1,6 @@
 """The training of the shipped adapter, small: from a recipe to a file that a segmenter takes."""
 
+import errno
 import json
 import os
 import re
@@ -503,12 +504,23 @@ def test_the_command_ends_with_two_and_a_sentence_where_it_cannot_write(data, em
 
 def test_bundle_ends_with_two_and_a_sentence_where_it_cannot_write(tmp_path, monkeypatch):
     def full(*_, **__):
-        raise OSError("no room")
+        raise OSError(errno.ENOSPC, "no room")
 
     monkeypatch.setattr("active_learning.__main__.bundle", full)
     result = CliRunner().invoke(app, ["bundle", "--out", str(tmp_path)], env={"COLUMNS": "400"})
     assert result.exit_code == 2
     assert "no room; choose another --out" in result.output
+
+
+def test_bundle_advises_no_other_out_where_a_photo_is_missing(tmp_path, monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(tmp_path / "photos" / "1.jpg"))
+
+    monkeypatch.setattr("active_learning.__main__.bundle", missing)
+    result = CliRunner().invoke(app, ["bundle", "--out", str(tmp_path / "out")], env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert "1.jpg" in result.output
+    assert "choose another" not in result.output
 
 
 def test_the_command_ends_with_two_and_a_sentence_on_a_wrong_recipe(tmp_path):

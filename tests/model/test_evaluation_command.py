@@ -251,7 +251,8 @@ def test_embeddings_that_cannot_be_written_are_answered_with_what_to_do(folder, 
     result = called(folder, *QUICK, "--out", tmp_path / "out", "--embeddings", tmp_path / "file" / "below")
     assert result.exit_code == 2
     said = " ".join(result.output.split())
-    assert "give another --out or --embeddings, or free some space" in said
+    assert "; choose another --out (" in said
+    assert "or free some space" in said
     assert str(tmp_path / "file") in said.replace(" ", "")
 
 
