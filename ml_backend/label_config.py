@@ -513,6 +513,13 @@ def _check_images(config: LabelConfig, tags: Sequence[_Tag]) -> Iterator[Finding
         image = config.image(tag.name)
         if image is not None and image.key is None:
             yield _found("error", tag, 'its value names no key of the task\'s data; write value="$image"')
+        if tag.attributes.get("rotatecontrol") == "true":
+            yield _found(
+                "warning",
+                tag,
+                "it lets annotators rotate the photo, where clicks get no mask and regions are not learned from; "
+                'remove rotateControl="true"',
+            )
         if any(_FIXED_WIDTH.search(style) for style in tag.styles):
             yield _found(
                 "info",

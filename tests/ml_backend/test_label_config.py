@@ -274,6 +274,12 @@ def test_each_fault_is_found_with_what_to_do(tags, severity, says):
     assert [finding.severity for finding in findings] == [severity]
 
 
+def test_a_photo_that_can_be_rotated_in_the_editor_is_warned_of():
+    xml = view(CLICK, MASK, LEVELS, PHRASE)
+    assert found(xml.replace("<Image ", '<Image rotateControl="true" ')) == [("warning", '<Image name="img">')]
+    assert found(xml.replace("<Image ", '<Image rotateControl="false" ')) == []
+
+
 def test_a_smart_box_as_the_only_output_is_warned_of():
     box = (
         '<RectangleLabels name="box" toName="img" smart="true" smartOnly="true"><Label value="Cat"/></RectangleLabels>'
