@@ -25,7 +25,7 @@ from ml_backend.label_studio import empty_answer
 from ml_backend.limits import check_size
 from ml_backend.predictions import predict_tasks
 from ml_backend.project_texts import ProjectTexts
-from ml_backend.queues import look
+from ml_backend.queues import RecentLook
 from ml_backend.readiness import why_no_clicks, why_no_corrections, why_no_trainings
 from ml_backend.service import Service, timed
 from ml_backend.state import read_state
@@ -38,6 +38,7 @@ access_log = logging.getLogger("ml_backend.access")
 _BLANKS = b" \r\n\t"
 _BUSY_S = 0.5  # a click waits so long for a place
 _CHUNK = 2**20  # bytes
+_LOOK_KEPT_S = 2.0  # /health is open to all and not counted, and a Redis that hangs holds a thread up
 _OFTEN = ("/health", "/metrics")  # asked for by machines, several times a minute
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _CAUSES = {401: "credentials", 403: "credentials", 413: "too_large", 429: "rate"}
@@ -145,6 +146,7 @@ def create_app(service: Service) -> Flask:
     places = threading.BoundedSemaphore(busy_at)
     # For servers that send none with /predict; the suffix is that of files which earlier versions left.
     schemas = ProjectTexts(service.settings.data_dir / "schemas", suffix=".xml")
+    recent = RecentLook(service.settings.redis_url, keep_s=_LOOK_KEPT_S)
     state = metrics.StateCollector(lambda: read_state(service))
 
     @app.before_request
@@ -191,7 +193,7 @@ def create_app(service: Service) -> Flask:
             return _json(body)
         reasons, notes, url = why_no_clicks(service), [], service.settings.redis_url
         if asked != "model" and url is not None:  # model: for balancers, since clicks need nothing else
-            found = look(url)
+            found = recent.get()
             reasons += why_no_corrections(found)
             notes += why_no_trainings(found)
         return _json(body | {"ready": not reasons, "reasons": reasons, "notes": notes}, 503 if reasons else 200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -68,6 +69,26 @@ def look(url: str | None) -> RedisState:
     except (redis.RedisError, OSError) as error:
         said = type(error).__name__  # its text may hold the address, and that a password
         return RedisState(error=f"it does not answer ({said}): corrections wait in the inbox, no training begins")
+
+
+class RecentLook:
+    """What `look` found, for whoever may ask as often as they like: however many do, one of them looks."""
+
+    def __init__(self, url: str | None, *, keep_s: float) -> None:
+        """Take the address of Redis and how long what was found holds good."""
+        self._url = url
+        self._keep_s = keep_s
+        self._lock = threading.Lock()
+        self._found: RedisState | None = None
+        self._found_s = 0.0
+
+    def get(self) -> RedisState:
+        """Return how queues and workers are, or were `keep_s` ago at most."""
+        with self._lock:
+            if self._found is None or time.monotonic() - self._found_s >= self._keep_s:
+                self._found = look(self._url)
+                self._found_s = time.monotonic()
+            return self._found
 
 
 def _queue(connection: redis.Redis, name: str) -> QueueState:

@@ -131,7 +131,7 @@ def test_one_image_answers_a_click_and_is_ready_once_its_worker_reports(enter, i
     assert trainer.poll() is None
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(60) == 0
-    assert health("?ready=1").json()["reasons"]
+    wait_until(lambda: health("?ready=1").json()["reasons"])  # what it says may be two seconds old
 
     owners = {path.stat().st_uid for path in data.rglob("*")}
     assert owners == {int(USER) if is_locked else os.getuid()}

@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import redis
@@ -14,7 +16,7 @@ from werkzeug.serving import make_server
 import ml_backend.families
 from ml_backend.app import create_app
 from ml_backend.health_command import Told, ask_health
-from ml_backend.queues import look
+from ml_backend.queues import RecentLook, RedisState, look
 from ml_backend.readiness import why_no_corrections
 from ml_backend.settings import Settings
 from tests.conftest import ROOT
@@ -90,6 +92,34 @@ def test_a_redis_that_is_gone_is_a_reason_and_clicks_do_not_need_it(make_service
     assert status == 503
     assert body["reasons"][0].startswith("Redis: it does not answer")
     assert ask(service, "?ready=model")[0] == 200
+
+
+def test_ten_quick_questions_cost_one_look_at_redis(make_service, tmp_path, monkeypatch):
+    service = make_service(redis_url=f"unix://{tmp_path}/none.sock")
+    looks = []
+
+    def slow(url):
+        looks.append(url)
+        time.sleep(0.2)
+        return look(url)
+
+    monkeypatch.setattr("ml_backend.queues.look", slow)
+    app = create_app(service)
+
+    def question(_):
+        return app.test_client().get("/health?ready=1").status_code
+
+    with ThreadPoolExecutor(10) as pool:
+        assert list(pool.map(question, range(10))) == [503] * 10
+    assert len(looks) == 1
+
+
+def test_what_was_found_of_redis_holds_good_for_a_while_only(monkeypatch):
+    looks = []
+    monkeypatch.setattr("ml_backend.queues.look", lambda url: looks.append(url) or RedisState(error=str(len(looks))))
+    lasting, fleeting = RecentLook("redis://one", keep_s=60), RecentLook("redis://two", keep_s=0)
+    assert [lasting.get().error for _ in range(3)] == ["1"] * 3
+    assert [fleeting.get().error for _ in range(3)] == ["2", "3", "4"]
 
 
 def test_ready_follows_the_worker_through_its_life(make_service, redis_url, worker):
