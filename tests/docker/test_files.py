@@ -1,5 +1,6 @@
 """Dockerfile, compose file, Kubernetes example, scripts: linted, checked against their schemas and our code."""
 
+import itertools
 import re
 import shutil
 import stat
@@ -188,6 +189,19 @@ def test_redis_keeps_an_append_only_file_and_is_reached_by_the_backend_alone():
     assert "ports" not in SERVICES["redis"]
     assert COMPOSE["networks"]["backend"] == {"internal": True}
     assert "backend" not in SERVICES["label-studio"]["networks"]
+
+
+def test_redis_refuses_what_is_new_before_its_memory_limit_kills_it():
+    (box,) = (pod["containers"][0] for name, pod in PODS if name == "redis.yaml")
+    redis = SERVICES["redis"]
+    for command, limit in (
+        (redis["command"], redis["mem_limit"]),
+        (box["args"], box["resources"]["limits"]["memory"].replace("Mi", "m")),
+    ):
+        options = dict(itertools.pairwise(command))
+        assert options["--maxmemory-policy"] == "noeviction"
+        # The rest is for the second copy of pages written to while the file is rewritten
+        assert 0 < int(options["--maxmemory"].removesuffix("mb")) <= 0.75 * int(limit.removesuffix("m"))
 
 
 def test_secrets_are_made_once_and_are_those_that_compose_mounts(tmp_path):
