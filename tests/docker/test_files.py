@@ -157,6 +157,23 @@ def test_the_backends_services_name_commands_settings_and_secrets_that_there_are
     assert files <= COMPOSE["secrets"].keys()
 
 
+@pytest.mark.parametrize("suffix", ["", "-gpu"])
+def test_web_process_and_worker_of_a_profile_encode_on_the_same_device(suffix):
+    web, worker = SERVICES[f"web{suffix}"], SERVICES[f"worker{suffix}"]
+    assert web["environment"]["GRACO_DEVICE"] == worker["environment"]["GRACO_DEVICE"] == ("cuda" if suffix else "cpu")
+    assert web.get("profiles") == worker.get("profiles") == (["gpu"] if suffix else None)
+    assert web.get("deploy") == worker.get("deploy")
+    assert web["image"] == worker["image"]
+
+
+def test_the_profile_for_a_gpu_replaces_every_service_that_computes():
+    replaced = {name.removesuffix("-gpu") for name, one in SERVICES.items() if one.get("profiles") == ["gpu"]}
+    assert replaced == {"web", "worker", "trainer"}
+    scales = " ".join(f"--scale {name}=0" for name in SERVICES if name in replaced)
+    for text in ((DOCKER / "compose.yml").read_text(), (ROOT / "docs" / "docker.md").read_text()):
+        assert re.search(rf"docker compose --profile gpu up -d (--build )?{scales}", text)
+
+
 def test_label_studio_lets_a_backend_on_a_private_address_in():
     settings = SERVICES["label-studio"]["environment"]
     assert settings["LABEL_STUDIO_ML_BLOCK_LOCAL_IP"] == "false"
@@ -245,6 +262,8 @@ def test_kubernetes_settings_are_settings_and_web_pods_are_probed_alive_and_able
     assert config.keys() <= variables()
     mounted = {Path(value).name for key, value in config.items() if key.endswith("_FILE")}
     assert mounted == {name for one in OURS.values() for name in one["secrets"]}
+    own = [one["name"] for _, pod in PODS for box in pod["containers"] for one in box.get("env", [])]
+    assert "GRACO_DEVICE" not in own, "web pods and worker share the device of shared.yaml"
     (web,) = (pod["containers"][0] for name, pod in PODS if name == "web.yaml")
     assert web["livenessProbe"]["httpGet"]["path"] == "/health"
     assert web["readinessProbe"]["httpGet"]["path"] == "/health?ready=model"
