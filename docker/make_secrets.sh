@@ -10,6 +10,6 @@ for name in label_studio_api_key label_studio_password graco_password graco_webh
     od -An -N20 -tx1 /dev/urandom | tr -d ' \n' >"secrets/$name"
     echo "made secrets/$name"
   fi
-  # The folder is closed to others; in the container another user reads the file
-  chmod 0444 "secrets/$name"
+  # The folder is closed to others; in the container another user reads the file, and you may write another token into it
+  chmod 0644 "secrets/$name"
 done

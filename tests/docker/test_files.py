@@ -229,6 +229,8 @@ def test_secrets_are_made_once_and_are_those_that_compose_mounts(tmp_path):
     assert all(re.fullmatch("[0-9a-f]{40}", value) for value in made.values())
     assert len(set(made.values())) == len(made)
     assert stat.S_IMODE((tmp_path / "secrets").stat().st_mode) == 0o700
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "secrets").iterdir()}
+    assert modes == {0o644}, "the container's user reads them, and the guide has their owner write into them"
     subprocess.run(["sh", script], check=True, capture_output=True)
     assert made == {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
 
