@@ -136,6 +136,7 @@ def reconcile(
     """Fetch the corrections that webhooks lost, and take in what waits."""
     from contextlib import closing
 
+    from ml_backend.command_line import require_ledger
     from ml_backend.connections import NOT_CONNECTED
     from ml_backend.ingest import open_intake
     from ml_backend.reconcile import reconcile as compare
@@ -143,6 +144,7 @@ def reconcile(
     from model.bars import progress_bar
 
     settings = read_settings()
+    require_ledger(settings)
     with closing(open_intake(settings)) as intake, progress_bar(Console(stderr=True)) as bar:
         if retry:
             intake.inbox.retry()

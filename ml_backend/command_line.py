@@ -1,4 +1,4 @@
-"""What all commands have in common: how they end where something cannot be done."""
+"""What commands have in common: how they end where something cannot be done, or not on this machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import typer
 
+from ml_backend.settings import Settings
 from model.types import Refusal
 
 
@@ -21,3 +22,19 @@ def refusing() -> Iterator[None]:
     except OSError as error:
         typer.secho(f"{error}; free some space, or mend permissions, and try again", fg="red", err=True)
         raise typer.Exit(2) from error
+
+
+def require_ledger(settings: Settings) -> None:
+    """End the command with a sentence and status 2 on a machine that keeps no corrections.
+
+    It would make a ledger of its own there, empty and learned from by nobody.
+    """
+    if settings.ledger == "elsewhere":
+        typer.secho(
+            "corrections are kept by another machine (GRACO_LEDGER=elsewhere); run this there, beside the worker that "
+            "takes them in. In the Kubernetes example: "
+            "kubectl -n graco exec deploy/graco-worker -- python -m ml_backend corrections list",
+            fg="red",
+            err=True,
+        )
+        raise typer.Exit(2)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from active_learning.corrections import Correction, CorrectionStore, held_out
 from active_learning.images import ImageStore
+from ml_backend.command_line import require_ledger
 from ml_backend.settings import Settings
 from model.types import Refusal
 
@@ -148,6 +149,7 @@ def _advice(store: CorrectionStore, project: str | None) -> str | None:
 @contextmanager
 def _store(context: typer.Context) -> Iterator[CorrectionStore]:
     settings: Settings = context.obj
+    require_ledger(settings)
     with closing(CorrectionStore(settings.data_dir / "corrections.sqlite")) as store:
         yield store
 

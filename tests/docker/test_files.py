@@ -271,6 +271,18 @@ def test_kubernetes_settings_are_settings_and_web_pods_are_probed_alive_and_able
     assert web["readinessProbe"]["httpGet"]["path"] == "/health?ready=model"
 
 
+def test_in_kubernetes_corrections_are_looked_at_in_the_pod_that_keeps_them():
+    settings = {
+        one["metadata"]["name"]: {item["name"] for item in one["spec"]["template"]["spec"]["containers"][0]["env"]}
+        for name, one in MANIFESTS
+        if name in ("web.yaml", "training.yaml") and one["kind"] in ("Deployment", "StatefulSet")
+    }
+    for text in ((ROOT / "docs" / "docker.md").read_text(), (ROOT / "ml_backend" / "command_line.py").read_text()):
+        (name,) = re.findall(r"exec deploy/(\S+) -- python -m ml_backend corrections list", text)
+        assert "GRACO_LEDGER" not in settings[name]
+    assert "GRACO_LEDGER" in settings["graco-web"]
+
+
 def test_the_guide_names_every_file_and_what_was_not_run():
     text = (ROOT / "docs" / "docker.md").read_text()
     for path in [*SCRIPTS, DOCKER / "compose.yml", *(DOCKER / "kubernetes").glob("*.yaml")]:

@@ -42,6 +42,27 @@ def test_each_wrong_setting_gets_its_line_and_the_token_is_in_none(monkeypatch):
     assert TOKEN not in done.output
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("corrections", "list"), ("corrections", "counts"), ("corrections", "show", "1", "--project", "3")),
+        *(("corrections", "export", "{}/out"), ("reconcile",)),
+    ],
+    ids=" ".join,
+)
+def test_what_needs_the_ledger_makes_none_where_it_is_elsewhere_and_says_where_to_run(monkeypatch, tmp_path, words):
+    monkeypatch.setattr("ml_backend.logs.configure", lambda *args, **kwargs: None)
+    for name, value in {
+        **{"DATA_DIR": tmp_path / "data", "SHARED_DIR": tmp_path / "shared", "LEDGER": "elsewhere"},
+        "REDIS_URL": "redis://127.0.0.1:1",
+    }.items():
+        monkeypatch.setenv(f"GRACO_{name}", str(value))
+    done = run(*(word.format(tmp_path) for word in words))
+    assert done.exit_code == 2
+    assert "run this there, beside the worker" in done.stderr
+    assert not list(tmp_path.rglob("*.sqlite"))
+
+
 def test_run_ends_with_the_supervisors_status(monkeypatch):
     monkeypatch.setattr(ml_backend.supervisor, "run", lambda settings: 3)
     monkeypatch.setattr("ml_backend.logs.configure", lambda *args, **kwargs: None)
