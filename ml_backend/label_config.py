@@ -40,6 +40,8 @@ MAX_CHARACTERS = 1_000_000
 """Longest configuration read; real ones have a few thousand."""
 MAX_DEPTH = 64
 """Deepest nesting of tags read."""
+DATA_PATH = re.compile(r"\$([\w[\].{}]+)", re.ASCII)
+"""A path into the task's data, as the editor finds it in a tag's value (utils/data.js, parseValue)."""
 
 _ALL = "all"
 _LEVEL_NAME = re.compile(r"granularity|level", re.IGNORECASE)
@@ -61,13 +63,13 @@ class ImageTag:
     """Where the image of a task is found."""
 
     name: str
-    value: str  # "$image", or "$images" of a value list
-    is_list: bool = False  # the data key holds a list of images, shown as pages
+    value: str  # "$image", "$pages[0].url", "/data/local-files/?d=$file", or "$images" of a value list
+    is_list: bool = False  # the task's data hold a list of images there, shown as pages
 
     @property
-    def key(self) -> str | None:
-        """The key in the task's data, or None when the tag does not name one (`value` without "$")."""
-        return self.value[1:] if self.value.startswith("$") and len(self.value) > 1 else None
+    def paths(self) -> tuple[str, ...]:
+        """Where in the task's data the value looks, such as `pages[0].url`; none where it is the same for all tasks."""
+        return tuple(DATA_PATH.findall(self.value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -511,7 +513,7 @@ def _check_images(config: LabelConfig, tags: Sequence[_Tag]) -> Iterator[Finding
         if tag.kind != "image" or not tag.name:
             continue
         image = config.image(tag.name)
-        if image is not None and image.key is None:
+        if image is not None and not image.paths:
             yield _found("error", tag, 'its value names no key of the task\'s data; write value="$image"')
         if tag.attributes.get("rotatecontrol") == "true":
             yield _found(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import reprlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from active_learning.corrections import Kind
 from ml_backend import brush, outlines
 from ml_backend.answers import Answer
 from ml_backend.label_config import (
+    DATA_PATH,
     OUTPUT_KINDS,
     ImageTag,
     LabelConfig,
@@ -817,20 +819,54 @@ def _uri(image: ImageTag, task: Json, item_index: int | None) -> str:
 
 
 def _uris(image: ImageTag, task: Json) -> list[str]:
-    data = task.get("data")
-    if image.key is None or not isinstance(data, dict) or image.key not in data:
-        held = ", ".join(map(_shown, list(data)[:10])) if isinstance(data, dict) and data else "nothing"
-        raise Refusal(
-            f"task {_shown(task.get('id'))} has no {image.key or 'image'} in its data (it has {held}), which the "
-            f"<Image> tag {image.name!r} shows; import the task with that key, or change the tag's value"
-        )
-    given = data[image.key]
-    uris = given if isinstance(given, list) and image.is_list else [given]
+    given = _image_value(image, task)
+    uris: list[Any] = given if isinstance(given, list) and image.is_list else [given]
     if not uris or not all(isinstance(uri, str) and uri for uri in uris):
         raise Refusal(
-            f"{image.key} of task {_shown(task.get('id'))} is {_shown(given)}; expected the address of an image"
+            f"{image.value[1:]} of task {_shown(task.get('id'))} is {_shown(given)}; expected the address of an image"
         )
     return uris
+
+
+def _image_value(image: ImageTag, task: Json) -> object:
+    """Return what an `<Image>` tag shows of a task: what its path leads to, or text with such values in it.
+
+    Source: the editor's parseValue (utils/data.js). Where it would write "undefined" into an address, we refuse.
+    """
+    if not image.paths:
+        raise Refusal(f'the <Image> tag {image.name!r} names no key of the task\'s data; write value="$image"')
+    data = task.get("data")
+    values = {path: _at(data, path) for path in image.paths}
+    for path, value in values.items():
+        if value is None:
+            held = ", ".join(map(_shown, list(data)[:10])) if isinstance(data, dict) and data else "nothing"
+            raise Refusal(
+                f"task {_shown(task.get('id'))} has no {path} in its data (it has {held}), which the <Image> tag "
+                f"{image.name!r} shows; import the task with that key, or change the tag's value"
+            )
+    if image.value == f"${image.paths[0]}":
+        return values[image.paths[0]]
+    for path, value in values.items():
+        if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+            raise Refusal(
+                f"{path} of task {_shown(task.get('id'))} is {_shown(value)}; expected text to put into "
+                f"{_shown(image.value)}"
+            )
+    return DATA_PATH.sub(lambda found: str(values[found[1]]), image.value)
+
+
+def _at(data: object, path: str) -> object:
+    """Return what lies at a path such as `pages[0].url`, or None; a key that is the whole path comes first."""
+    if isinstance(data, dict) and path in data:
+        return data[path]
+    for part in re.findall(r"[^.[\]]+", path):
+        if isinstance(data, dict):
+            data = data.get(part)
+        elif isinstance(data, list) and part.isdigit():
+            data = data[int(part)] if len(part) < 10 and int(part) < len(data) else None
+        else:
+            return None
+    return data
 
 
 # --- writing ---

@@ -38,7 +38,7 @@ def sentences(xml: str) -> str:
 
 def test_the_recommended_configuration_is_read():
     config = read_config(recorded("C"))
-    assert [(image.name, image.key) for image in config.images] == [("image", "image")]
+    assert [(image.name, image.paths) for image in config.images] == [("image", ("image",))]
     assert [(tag.name, tag.kind, tag.smart, tag.smart_only) for tag in config.prompts] == [
         ("click", "keypoint", True, True),
         ("box", "rectangle", True, True),
@@ -188,9 +188,24 @@ def test_value_lists_and_labels_from_the_data_are_noted():
         '<View><Image name="a" valueList="$images"/><Image name="b" value="fixed.jpg"/>'
         '<BrushLabels name="m" toName="a" value="$classes"/></View>'
     )
-    assert [(image.key, image.is_list) for image in config.images] == [("images", True), (None, False)]
+    assert [(image.paths, image.is_list) for image in config.images] == [(("images",), True), ((), False)]
     assert config.outputs[0].dynamic
     assert config.outputs[0].holds("whatever")
+
+
+@pytest.mark.parametrize(
+    ("value", "paths"),
+    [
+        ("$pages[0]", ("pages[0]",)),
+        ("$photo.url", ("photo.url",)),
+        ("/data/local-files/?d=$file", ("file",)),
+        ("https://host/$bucket/$file", ("bucket", "file")),
+    ],
+)
+def test_an_image_at_a_path_or_inside_an_address_is_nothing_to_mend(value, paths):
+    text = make_config(["Object"]).replace('value="$image"', f'value="{value}"')
+    assert read_config(text).images[0].paths == paths
+    assert check_config(text) == check_config(make_config(["Object"]))
 
 
 def test_a_tag_that_is_not_smart_asks_nothing():

@@ -404,7 +404,55 @@ def test_a_value_list_has_a_page_for_each_image():
             read(click(item_index=index), config=config, task=task)
 
 
+def showing(value):
+    return read_config(make_config(["Object"]).replace('value="$image"', value))
+
+
+def uris(value, data):
+    return [ask.uri for ask in read_batch(showing(value), {"id": 7, "data": data})]
+
+
+@pytest.mark.parametrize(
+    ("value", "data", "shown"),
+    [
+        ('value="$images[0]"', {"images": ["a.png", "b.png"]}, ["a.png"]),
+        ('value="$images[1].url"', {"images": [{}, {"url": "b.png"}]}, ["b.png"]),
+        ('value="$images.1"', {"images": ["a.png", "b.png"]}, ["b.png"]),
+        ('value="$img.url"', {"img": {"url": "a.png"}}, ["a.png"]),
+        ('value="$img.url"', {"img.url": "whole.png", "img": {"url": "a.png"}}, ["whole.png"]),
+        ('value="/data/local-files/?d=$file"', {"file": "x/a.png"}, ["/data/local-files/?d=x/a.png"]),
+        ('value="https://host/$at.dir/$number"', {"at": {"dir": "d"}, "number": 3}, ["https://host/d/3"]),
+        ('valueList="$album.pages"', {"album": {"pages": ["a.png", "b.png"]}}, ["a.png", "b.png"]),
+    ],
+)
+def test_images_are_found_where_the_editor_finds_them(value, data, shown):
+    assert uris(value, data) == shown
+    assert ask_of(click(), config=showing(value), task={"id": 7, "data": data}).uri == shown[0]
+
+
 # --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("value", "data", "says"),
+    [
+        ('value="$images[2]"', {"images": ["a.png"]}, r"has no images\[2\] in its data \(it has 'images'\)"),
+        ('value="$images[99999999999]"', {"images": ["a.png"]}, "has no images"),
+        ('value="$images[one]"', {"images": ["a.png"]}, "has no images"),
+        ('value="$img.url"', {"img": {"link": "a.png"}}, "has no img.url in its data"),
+        ('value="$img.url"', {"img": "a.png"}, "has no img.url in its data"),
+        ('value="$img"', {"img": {"url": "a.png"}}, "img of task 7 is .*; expected the address"),
+        ('value="/data/local-files/?d=$file"', {"name": "a.png"}, "has no file in its data"),
+        ('value="/data/local-files/?d=$file"', {"file": ["a.png"]}, "expected text to put into"),
+        ('value="/data/local-files/?d=$file"', {"file": ""}, "expected text to put into"),
+        ('valueList="$album.pages"', {"album": {}}, "has no album.pages"),
+        ('valueList="$pages"', {"pages": []}, "expected the address"),
+        ('value="fixed.png"', {"image": "a.png"}, "names no key"),
+    ],
+)
+def test_a_task_that_lacks_what_the_image_tag_names_is_refused_with_the_path(value, data, says):
+    with pytest.raises(Refusal, match=says):
+        uris(value, data)
 
 
 @pytest.mark.parametrize(
