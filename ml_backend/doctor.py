@@ -23,6 +23,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
+from urllib.request import getproxies_environment
 
 import msgspec
 import redis
@@ -127,6 +128,7 @@ def examine(settings: Settings, *, quickly: bool = False) -> list[Check]:
     )
     checks = [
         *_guarded("settings", _settings, settings),
+        *_guarded("forward proxy", _forward_proxy),
         *_guarded("data directory", _data_dir, settings),
         *(check for name, look in (() if quickly else loading) for check in _guarded(name, look, settings)),
         *_guarded("Redis", _redis, settings),
@@ -212,6 +214,20 @@ def _settings(settings: Settings) -> Iterator[Check]:
         text = "***" if name == "label_studio_api_key" else _shown(value) if name.endswith("_url") else str(value)
         given.append(f"{name.upper() if name.startswith('label_studio') else f'GRACO_{name.upper()}'}={text}")
     yield Check("settings", "ok", " ".join(given) or "none is set: defaults")
+
+
+def _forward_proxy() -> Iterator[Check]:
+    """Nothing is said where none is set: most have none."""
+    found = [f"{scheme.upper()}_PROXY" for scheme in ("https", "http") if getproxies_environment().get(scheme)]
+    if found:
+        yield Check(
+            "forward proxy",
+            "warning",
+            f"{' and '.join(found)} is set, which the backend passes over: it connects to Label Studio and to images "
+            "directly, so images outside of this network may be out of reach",
+            "let Label Studio fetch them: in the project's Cloud Storage settings turn off pre-signed URLs, so that it "
+            "hands the files over itself; or import files instead of addresses (docs/operators.md, Network)",
+        )
 
 
 def _data_dir(settings: Settings) -> Iterator[Check]:

@@ -171,7 +171,8 @@ def _light(monkeypatch):
     monkeypatch.setattr(
         families, "load_segmenter", lambda *_, **__: SimpleNamespace(version=VERSION, adapter="an-adapter")
     )
-    for name in ("LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY", "GRACO_REDIS_URL"):
+    proxies = ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy")
+    for name in ("LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY", "GRACO_REDIS_URL", *proxies):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -215,6 +216,17 @@ def test_checks_are_values():
 
 
 # --- this machine ---
+
+
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "HTTP_PROXY", "https_proxy"])
+def test_a_forward_proxy_which_is_passed_over_is_told_without_its_password(settings, monkeypatch, name):
+    assert "forward proxy" not in {c.name for c in doctor.examine(settings(), quickly=True)}
+    monkeypatch.setenv(name, "http://ann:s3cret@proxy.example:3128")
+    found = check(settings(), "forward proxy")
+    assert found.status == "warning"
+    assert f"{name.upper()} is set, which the backend passes over" in found.seen
+    assert "pre-signed URLs" in found.remedy
+    assert "s3cret" not in found.seen + found.remedy
 
 
 def test_a_data_directory_that_cannot_be_written(settings, tmp_path):
