@@ -59,5 +59,17 @@ class ImageStore:
             draft.unlink(missing_ok=True)
         return path
 
+    def delete(self, image_id: str) -> bool:
+        """Forget an image; return whether it was kept.
+
+        Raises:
+            OSError: it cannot be deleted.
+        """
+        path = self.path(image_id)
+        if path is None:
+            return False
+        path.unlink(missing_ok=True)
+        return True
+
     def _place(self, image_id: str) -> Path:
         return self.folder / image_id[:2] / image_id

@@ -83,7 +83,7 @@ def adapters(context: typer.Context) -> None:
 
 @corrections_command.app.callback()
 def corrections(context: typer.Context) -> None:
-    """Look at what annotators corrected, and take it elsewhere."""
+    """Look at what annotators corrected, take it elsewhere, forget it."""
     context.obj = read_settings()
 
 

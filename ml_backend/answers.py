@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE INDEX IF NOT EXISTS answers_by_time ON answers (answered_s);
 """
 _ADDED = ("phrase TEXT", "adapter TEXT", "shape BLOB", "parts TEXT")  # columns that files of earlier versions lack
+_OF_TASK = "(project = ? OR project GLOB ? || '.*') AND task_id IS ifnull(?, task_id)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +120,29 @@ class AnswerStore:
             log.error("remembered answers cannot be read (%s): a region counts as drawn by hand", error)
             return None
         return None if row is None else Answer(**dict(zip(_COLUMNS.split(", "), row, strict=True)))
+
+    def images_of(self, project: str, task: int | None) -> set[str]:
+        """Return the images that were answered for in a task, or with None in the whole project.
+
+        Args:
+            project: its id; what requests called it may have a point and a time behind.
+            task: its id.
+        """
+        query = f"SELECT DISTINCT image_id FROM answers WHERE {_OF_TASK}"
+        with self._lock, closing(self._db.execute(query, (project, project, task))) as rows:
+            return {image for (image,) in rows}
+
+    def forget(self, project: str, task: int | None, images: Iterable[str]) -> int:
+        """Forget the answers that `images_of` looks at, and all others on these images; return how many.
+
+        Raises:
+            sqlite3.Error: the file cannot be written.
+        """
+        with self._lock:
+            before = self._db.total_changes
+            self._db.execute(f"DELETE FROM answers WHERE {_OF_TASK}", (project, project, task))
+            self._db.executemany("DELETE FROM answers WHERE image_id = ?", [(image,) for image in images])
+            return self._db.total_changes - before
 
     def __len__(self) -> int:
         with self._lock, closing(self._db.execute("SELECT COUNT(*) FROM answers")) as rows:

@@ -1,7 +1,8 @@
-"""The commands `python -m ml_backend corrections list | show | export | counts`."""
+"""The commands `python -m ml_backend corrections list | show | export | counts | forget`."""
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from ml_backend.command_line import require_ledger
 from ml_backend.settings import Settings
 from model.types import Refusal
 
-app = typer.Typer(no_args_is_help=True, help="Look at what annotators corrected, and take it elsewhere.")
+app = typer.Typer(no_args_is_help=True, help="Look at what annotators corrected, take it elsewhere, forget it.")
 
 _WIDE = 200  # columns, where the output is no terminal
 _LOOKED_AT = 500  # corrections whose level is found out, the newest
@@ -129,6 +130,35 @@ def counts(context: typer.Context, project: Project = None) -> None:
         )
     if advice is not None:
         print(advice)
+
+
+@app.command()
+def forget(
+    context: typer.Context,
+    project: Annotated[int, typer.Option(help="its id in Label Studio")],
+    task: Annotated[int | None, typer.Option(help="its id in Label Studio; unset: the whole project")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Forget a task's photo for good: its corrections, its file, what was encoded of it and answered on it."""
+    from ml_backend import forgetting
+    from ml_backend.answers import AnswerStore
+
+    settings: Settings = context.obj
+    path = settings.data_dir / "answers.sqlite"
+    where = f"project {project}" if task is None else f"task {task} of project {project}"
+    with _store(context) as store, closing(AnswerStore(path, limit=settings.remembered_answers)) as answers:
+        found = forgetting.find(store, answers, str(project), task)
+        print(f"{where}: {len(found.corrections)} corrections on {len(found.photos)} photos that nothing else names")
+        if found.shared:
+            print(f"{len(found.shared)} photos stay, since other corrections name them")
+        if not yes:
+            typer.confirm("Forget them? This cannot be undone", abort=True)
+        try:
+            gone = forgetting.forget(settings, store, answers, found)
+        except (OSError, sqlite3.Error) as error:
+            typer.secho(f"not all could be forgotten ({error}); run this again", fg="red", err=True)
+            raise typer.Exit(1) from error
+    print(f"forgotten, with {gone} answers. Delete {where} in Label Studio, too: an edit there brings a photo back")
 
 
 def _advice(store: CorrectionStore, project: str | None) -> str | None:

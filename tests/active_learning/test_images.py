@@ -30,6 +30,16 @@ def test_an_image_is_found_under_its_digest_and_a_second_put_writes_nothing(stor
     assert path.stat().st_mtime == 1
 
 
+def test_a_deleted_image_is_gone_and_deleting_it_again_does_nothing(store):
+    path = store.put(digest(b"a"), b"a")
+    store.put(digest(b"b"), b"b")
+    assert store.delete(digest(b"a"))
+    assert not path.exists()
+    assert not store.delete(digest(b"a"))
+    assert not store.delete("../b")
+    assert store.path(digest(b"b"))
+
+
 def test_bytes_of_another_image_are_an_error_unless_the_caller_has_checked(store):
     with pytest.raises(ValueError, match="their SHA-256 is another"):
         store.put(digest(b"a"), b"b")

@@ -1,5 +1,6 @@
 """What we answered, remembered and bounded, so that what becomes of it can be told."""
 
+import dataclasses
 import os
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
@@ -112,3 +113,19 @@ def test_a_table_that_was_lost_meanwhile_is_as_if_nothing_was_remembered(store, 
     store.remember([answer()])
     assert store.find("r1") is None
     assert "cannot be read" in caplog.text
+
+
+def test_answers_of_a_task_and_of_its_images_are_forgotten_and_others_are_not(store):
+    def of(region, project, task, image):
+        return dataclasses.replace(answer(region), project=project, task_id=task, image_id=image)
+
+    store.remember(
+        [
+            *(of("a", "3.1", 7, "one"), of("b", "3", 7, "two"), of("c", "3.1", 8, "three")),
+            *(of("d", "30", 7, "four"), of("e", "4", 1, "one"), of("f", None, None, "five")),
+        ]
+    )
+    assert store.images_of("3", 7) == {"one", "two"}
+    assert store.images_of("3", None) == {"one", "two", "three"}
+    assert store.forget("3", 7, ["one"]) == 3
+    assert [key for key in "abcdef" if store.find(key)] == ["c", "d", "f"]

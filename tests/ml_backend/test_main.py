@@ -46,7 +46,7 @@ def test_each_wrong_setting_gets_its_line_and_the_token_is_in_none(monkeypatch):
     "words",
     [
         *(("corrections", "list"), ("corrections", "counts"), ("corrections", "show", "1", "--project", "3")),
-        *(("corrections", "export", "{}/out"), ("reconcile",)),
+        *(("corrections", "export", "{}/out"), ("corrections", "forget", "--project", "3", "--yes"), ("reconcile",)),
     ],
     ids=" ".join,
 )
