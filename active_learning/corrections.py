@@ -216,6 +216,14 @@ class CorrectionStore:
         with self._change(f"the deletion of {len(ids)} annotations of project {project}") as db:
             _delete(db, project, ids, self._clock())
 
+    def is_deleted(self, project: str, annotation: int, task: int | None) -> bool:
+        """Return whether an annotation or its task is deleted for good, so that nothing more is learned of it."""
+        query = (
+            "SELECT 1 FROM annotations WHERE project = ? AND annotation = ? AND state = ?"
+            " UNION SELECT 1 FROM deleted_tasks WHERE project = ? AND task = ?"
+        )
+        return bool(self._rows(query, (project, annotation, _DELETED, project, task)))
+
     def delete_tasks(self, project: str, tasks: Iterable[int]) -> None:
         """Forget tasks for good, with all their annotations: those known now and those that come later.
 

@@ -183,4 +183,6 @@ def _once(corrections: Sequence[Correction]) -> list[Correction]:
 
 
 def _of_one_level(one: Correction, other: Correction) -> bool:
+    if (one.project, one.annotation) == (other.project, other.annotation):
+        return one.granularity is not None and one.granularity == other.granularity  # a part may be nearly its whole
     return None in (one.granularity, other.granularity) or one.granularity == other.granularity

@@ -196,6 +196,8 @@ def _learn(intake: Intake, submitted: Submitted) -> tuple[Mapping[str, int], lis
     if submitted.skipped:
         store.retire(project, number, updated_s=submitted.updated_s, task=submitted.task)
         return {}, []
+    if store.is_deleted(project, number, submitted.task):  # its photo shall not come back either
+        return {}, []
     kept, left_out = _with_images(intake, submitted)
     for region, reason in left_out:
         log.warning("region %s of %s is left out: %s", region, what, reason)

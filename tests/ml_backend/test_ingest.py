@@ -26,12 +26,12 @@ from ml_backend import brush
 from ml_backend.answers import Answer
 from ml_backend.images import decode_image
 from ml_backend.inbox import ATTEMPTS, Inbox
-from ml_backend.ingest import annotation_event, ingest, open_intake
+from ml_backend.ingest import _learn, annotation_event, ingest, open_intake
 from ml_backend.jobs import CORRECTIONS, enqueue_ingest
 from ml_backend.label_config import make_config
-from ml_backend.label_studio import pack_shape, shape_digest
+from ml_backend.label_studio import Submitted, SubmittedRegion, pack_shape, shape_digest
 from ml_backend.supervisor import redis_server
-from model.annotations import decode
+from model.annotations import decode, encode
 from tests.conftest import ROOT, missing
 from tests.ml_backend.conftest import SIZES, TOKEN, recorded, settings_for, wait_until
 
@@ -111,6 +111,21 @@ def test_an_annotation_is_in_the_ledger_with_its_image(intake):
     assert intake.images.path(one.image).read_bytes() == photo()
     assert intake.inbox.counts() == {"undone": 0, "done": 1, "failed": 0}
     assert intake.inbox.regions() == {"drawn": 1}
+
+
+def test_the_photo_of_a_deleted_task_is_not_fetched_again(intake, monkeypatch):
+    monkeypatch.setattr("ml_backend.ingest._keep_image", lambda *_: pytest.fail("the photo came back"))
+    intake.corrections.delete_tasks("3", [41])
+    region = SubmittedRegion(
+        **{"region": "r", "uri": "/a.png", "height": 2, "width": 2, "mask": encode(np.ones((2, 2), bool))},
+        **{"label": "Object", "granularity": None, "phrase": None, "clicks": (), "kind": "drawn"},
+        **{"proposed": None, "adapter": None},
+    )
+    submitted = Submitted(
+        **{"project": "3", "annotation": 7, "task": 41, "annotator": 1, "ground_truth": False, "skipped": False},
+        **{"updated_s": 1.0, "regions": (region,), "left_out": ()},
+    )
+    assert _learn(intake, submitted) == ({}, [])
 
 
 def test_what_we_proposed_is_in_the_ledger_with_clicks_level_and_adapter(intake):
