@@ -28,7 +28,7 @@ class ProjectTexts:
     @property
     def empty(self) -> bool:
         """Whether no project has a text."""
-        return not any(self._folder.glob("*.txt"))
+        return not any(self._folder.glob(f"*{self._suffix}"))
 
     def find(self, project: str) -> str | None:
         """Return the text of a project, by the name it was kept under, or None."""

@@ -112,6 +112,11 @@ def clean(phrase: str) -> str | None:
     return " ".join(words) or None
 
 
+def with_and_without_s(words: str) -> tuple[str, str, str]:
+    """Return words as they are, with a final s more, and without one: spellings that are taken for one."""
+    return words, f"{words}s", words.removesuffix("s")
+
+
 def names_part(phrase: str) -> bool:
     """Return whether a phrase names a part of something, by its last word, or the last one before "of".
 
@@ -194,7 +199,7 @@ class Vocabulary:
         cleaned = clean(phrase)
         if cleaned is None:
             return None
-        for written in (cleaned, f"{cleaned}s", cleaned.removesuffix("s")):
+        for written in with_and_without_s(cleaned):
             written = _ALIASES.get(written, written)
             if written in self._rows:
                 return self._match(self._rows[written], 1.0)

@@ -23,7 +23,7 @@ from model.light.ladder import Ladder, LadderDecoder
 from model.light.network import MaskDecoder
 from model.light.tail import Moved, moved_by
 from model.segmenter import Encoded, digest_of_file
-from model.text import MINILM, THRESHOLD, Vocabulary, clean, load_phrase_encoder, names_part
+from model.text import MINILM, THRESHOLD, Vocabulary, clean, load_phrase_encoder, names_part, with_and_without_s
 from model.types import Granularity, Prompt, Refusal
 
 LEVEL, PHRASE = "level", "phrase"
@@ -101,10 +101,8 @@ class LadderAdapter:
 def _asks_for(phrase: str, name: str) -> bool:
     """Return whether a phrase is a name, or ends with it before any "of"; a final s does not matter."""
     cleaned = clean(phrase) or ""
-    asked = cleaned.partition(" of ")[0]
-    if name in (cleaned, f"{cleaned}s", cleaned.removesuffix("s")):
-        return True
-    return any(f" {words}".endswith(f" {name}") for words in (asked, f"{asked}s", asked.removesuffix("s")))
+    asked = with_and_without_s(cleaned.partition(" of ")[0])
+    return name in with_and_without_s(cleaned) or any(f" {words}".endswith(f" {name}") for words in asked)
 
 
 def load_ladder(path: Path, base: MaskDecoder, digest: str, tail: Callable[[Moved], Tail]) -> LadderAdapter:
