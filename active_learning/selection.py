@@ -23,7 +23,7 @@ from model.geometry import Fit
 from model.light.ladder import cells
 from model.light.network import SIDE
 from model.metrics import iou
-from model.segmenter import Encoded, Segmenter, predict
+from model.segmenter import Encoded, Memo, Segmenter, predict
 from model.types import LEVELS, Click, Granularity, Prompt, Proposal
 
 Features = npt.NDArray[np.float32]  # N, D; rows of unit length
@@ -101,9 +101,9 @@ def _places(image: Encoded, rng: np.random.Generator, count: int) -> npt.NDArray
 def _ladder(segmenter: Segmenter, image: Encoded, x: float, y: float) -> list[Proposal]:
     """Return the answers of all levels to a click, finest first; one pass."""
     click = Click(x=float(np.clip(x, 0, image.width)), y=float(np.clip(y, 0, image.height)), positive=True)
-    memo: dict[Prompt, object] = {}
+    memo: Memo = {}
     prompts = (Prompt(clicks=(click,), granularity=Granularity(level)) for level in range(1, LEVELS + 1))
-    return [predict(segmenter, image, prompt, memo=memo).best for prompt in prompts]
+    return [predict(segmenter, image, prompt, memo=memo, refined=False).best for prompt in prompts]
 
 
 def feature(encoded: Encoded) -> npt.NDArray[np.float32]:

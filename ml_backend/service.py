@@ -32,7 +32,7 @@ from ml_backend.settings import Settings
 from model import heap
 from model.background import background_thread
 from model.proposals import whole_image
-from model.segmenter import Encoded, Segmenter, State, foresee, predict
+from model.segmenter import Encoded, MemoKey, Segmenter, State, foresee, predict
 from model.types import Prediction, Prompt, Proposal, Refusal, RGBImage
 
 log = logging.getLogger(__name__)
@@ -92,11 +92,11 @@ class _Memo:
         self._states = states
         self._of = image_id, adapter
 
-    def get(self, prompt: Prompt, /) -> State | None:
-        return self._states.get((self._of, prompt))
+    def get(self, key: MemoKey, /) -> State | None:
+        return self._states.get((self._of, key))
 
-    def __setitem__(self, prompt: Prompt, state: State, /) -> None:
-        self._states.put((self._of, prompt), state, state.nbytes)
+    def __setitem__(self, key: MemoKey, state: State, /) -> None:
+        self._states.put((self._of, key), state, state.nbytes)
 
 
 def open_registry(settings: Settings) -> AdapterRegistry:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from model.types import Box, Refusal, RGBImage
+from model.types import Box, Mask, Refusal, RGBImage
 
 FloatMap = npt.NDArray[np.float32]  # H, W
 
@@ -116,6 +116,16 @@ def clip_box(box: Box, height: int, width: int) -> Box:
     if left >= right or top >= bottom:
         raise Refusal(f"the box {box} lies outside the image of {width} x {height} pixels")
     return Box(left=left, top=top, right=right, bottom=bottom)
+
+
+def depth(mask: Mask) -> FloatMap:
+    """Return how far each pixel of a mask, H, W, is from its border in pixels, 0 outside; the image's edge is a border.
+
+    >>> depth(np.ones((3, 5), bool))[1].tolist()
+    [1.0, 2.0, 2.0, 2.0, 1.0]
+    """
+    padded = np.pad(mask.astype(np.uint8), 1)
+    return np.array(cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1], dtype=np.float32)
 
 
 def _overlap(a: int, b: int, c: int, d: int) -> float:

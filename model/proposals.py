@@ -18,7 +18,7 @@ import numpy as np
 from model.granularity import estimate
 from model.metrics import iou
 from model.robot import next_click
-from model.segmenter import Encoded, Memo, Segmenter, predict
+from model.segmenter import Encoded, Memo, MemoKey, Segmenter, predict
 from model.types import Click, Mask, Prompt, Proposal, Refusal
 
 Source = Literal["agg", "decoder", "grid"]
@@ -101,7 +101,7 @@ def generate(
         raise ValueError(f"an object of shape {whole.shape} in an image of {(encoded.height, encoded.width)}")
     if not whole.any():
         raise Refusal("the object holds no pixel, so it has no parts; leave empty masks out")
-    memo: dict[Prompt, object] = {}
+    memo: dict[MemoKey, object] = {}
     clicks = _clicks_in(whole, rng, options.points)
     found: list[_Candidate] = []
     if "decoder" in options.sources:

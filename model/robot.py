@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
+from model.geometry import depth
 from model.types import Click, Mask
 
 
@@ -28,10 +28,10 @@ def next_click(truth: Mask, mask: Mask, earlier: Iterable[Click] = (), *, as_rit
         earlier: clicks already placed.
         as_ritm: of two errors of one depth click the wrongly taken one, as RITM's code does.
     """
-    depth, positive = _larger_error(truth, mask, earlier, as_ritm=as_ritm)
-    if depth.max() <= 0:
+    deep, positive = _larger_error(truth, mask, earlier, as_ritm=as_ritm)
+    if deep.max() <= 0:
         return None
-    row, column = np.unravel_index(int(depth.argmax()), depth.shape)
+    row, column = np.unravel_index(int(deep.argmax()), deep.shape)
     return Click(x=float(column) + 0.5, y=float(row) + 0.5, positive=positive)
 
 
@@ -49,10 +49,10 @@ def sample_click(
 
     Source: iterative training of RITM (arXiv 2102.06583), which clicks a random point of the eroded error.
     """
-    depth, positive = _larger_error(truth, mask, earlier)
-    if depth.max() <= 0:
+    deep, positive = _larger_error(truth, mask, earlier)
+    if deep.max() <= 0:
         return None
-    rows, columns = np.nonzero((depth >= inner * depth.max()) & (depth > 0))
+    rows, columns = np.nonzero((deep >= inner * deep.max()) & (deep > 0))
     chosen = int(rng.integers(rows.size))
     return Click(x=float(columns[chosen]) + 0.5, y=float(rows[chosen]) + 0.5, positive=positive)
 
@@ -63,15 +63,10 @@ def _larger_error(
     """Return the depth of the deeper error in each pixel, 0 outside it and where clicked, and whether it was missed."""
     if truth.shape != mask.shape:
         raise ValueError(f"masks of different shapes: {truth.shape} and {mask.shape}")
-    missed = _depth(truth & ~mask)
-    taken = _depth(~truth & mask)
+    missed = depth(truth & ~mask)
+    taken = depth(~truth & mask)
     for click in earlier:
         if 0 <= click.y < truth.shape[0] and 0 <= click.x < truth.shape[1]:
             missed[int(click.y), int(click.x)] = taken[int(click.y), int(click.x)] = 0
     positive = bool(missed.max() > taken.max() or (not as_ritm and missed.max() == taken.max()))
     return (missed if positive else taken), positive
-
-
-def _depth(region: Mask) -> npt.NDArray[np.float32]:
-    padded = np.pad(region.astype(np.uint8), 1)
-    return np.array(cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1], dtype=np.float32)

@@ -37,13 +37,23 @@ _SAME = 0.85  # masks of all levels that agree more than this (IoU) are one
 _COMPARED = 1024  # pixels of a mask's long side that are looked at for it; more takes a second for ten large masks
 
 
+@dataclass(frozen=True, slots=True)
+class FirstStep:
+    """Where a memo keeps what the first step left, before it is refined; at `ANY_LEVEL` where that serves all."""
+
+    prompt: Prompt
+
+
+MemoKey = Prompt | FirstStep
+
+
 class Memo(Protocol):
     """States of one image by prompt; a dict is one, and one that forgets will do."""
 
-    def get(self, prompt: Prompt, /) -> State | None:
-        """Return the state kept for `prompt`, or None."""
+    def get(self, key: MemoKey, /) -> State | None:
+        """Return the state kept for a key, or None."""
 
-    def __setitem__(self, prompt: Prompt, state: State, /) -> None:
+    def __setitem__(self, key: MemoKey, state: State, /) -> None:
         """Keep a state."""
 
 
@@ -102,6 +112,9 @@ class Segmenter(Protocol):
     def steps(self, encoded: Encoded, prompts: Sequence[Prompt], states: Sequence[State | None]) -> list[State]:
         """Return the states after the last clicks of several prompts on one image; in one pass if that is sooner."""
 
+    def refine(self, encoded: Encoded, prompt: Prompt, state: State) -> State:
+        """Return a better answer to a first click at its level or phrase than `state`, the first step's, or `state`."""
+
     def foresee(self, encoded: Encoded, prompt: Prompt, state: State) -> Callable[[], State] | None:
         """Return what takes long of the step after `prompt`, to be done while nobody waits; None: nothing does.
 
@@ -125,9 +138,15 @@ class Segmenter(Protocol):
 
 
 def predict(
-    segmenter: Segmenter, encoded: Encoded, prompt: Prompt, *, memo: Memo | None = None, proposals: int = 1
+    segmenter: Segmenter,
+    encoded: Encoded,
+    prompt: Prompt,
+    *,
+    memo: Memo | None = None,
+    proposals: int = 1,
+    refined: bool = True,
 ) -> Prediction:
-    """Return the answer to `prompt`: each click a step, the last one rendered.
+    """Return the answer to `prompt`: each click a step, the first one refined, the last one rendered.
 
     With an adapter, `proposals` over 1, one click (or box) and neither level nor phrase, it is all levels: the masks
     that differ among the ladder's and, without a level, the base's, small to large.
@@ -138,6 +157,7 @@ def predict(
         prompt: all clicks so far, or a box, or a box and then clicks.
         memo: states of earlier prompts on this very image, weights and adapter; read and added to.
         proposals: how many masks are wanted at most when neither granularity nor phrase is given.
+        refined: without, a first click is answered by its first step: sooner, where many levels are asked for.
 
     Raises:
         Refusal: the prompt names nothing to find.
@@ -146,7 +166,10 @@ def predict(
     open_question = prompt.granularity is None and prompt.phrase is None
     if proposals > 1 and open_question and _is_first(prompt) and segmenter.adapter is not None:
         return _all_levels(segmenter, encoded, prompt, {} if memo is None else memo, proposals)
-    state = _replay(segmenter, encoded, prompt, memo)
+    if _is_first(prompt) and not refined:
+        state = _first_step(segmenter, encoded, _clear(prompt), {} if memo is None else memo)
+    else:
+        state = _replay(segmenter, encoded, prompt, memo)
     return segmenter.render(encoded, prompt, state, proposals=proposals)
 
 
@@ -156,14 +179,13 @@ def foresee(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo) 
     Called, it does that and leaves it in `memo`.
     """
     prompt = segmenter.understood(prompt)
-    key = _memo_key(segmenter, prompt)
-    state = memo.get(key)
+    state = memo.get(prompt)
     make = None if state is None else segmenter.foresee(encoded, prompt, state)
     if make is None:
         return None
 
     def make_ready() -> None:
-        memo[key] = make()
+        memo[prompt] = make()
 
     return make_ready
 
@@ -189,8 +211,10 @@ def _all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Me
     the click and close beside it: where things can be taken apart in several ways, a step to the side takes another.
     """
     if segmenter.first_step_serves_all_levels:
-        state = _replay(segmenter, encoded, replace(prompt, granularity=ANY_LEVEL), memo)
-        ladder = segmenter.render(encoded, prompt, state, proposals=LEVELS).proposals
+        state = _first_step(segmenter, encoded, _clear(replace(prompt, granularity=ANY_LEVEL)), memo)
+        differ = segmenter.render(encoded, prompt, state, proposals=LEVELS).proposals
+        asked = [replace(prompt, granularity=one.granularity) for one in differ]
+        ladder = [segmenter.render(encoded, p, _replay(segmenter, encoded, p, memo)).best for p in asked]
     else:
         ladder = _passes_of_all_levels(segmenter, encoded, prompt, memo)
     ranked = sorted(ladder, key=lambda one: -one.score)
@@ -207,14 +231,15 @@ def _all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Me
     )
 
 
-def _passes_of_all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo) -> tuple[Proposal, ...]:
+def _passes_of_all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo) -> list[Proposal]:
     """Return the mask of each level, where each takes a pass of its own."""
     prompts = [replace(prompt, granularity=Granularity(level)) for level in range(1, LEVELS + 1)]
-    states: dict[Prompt, State] = {p: memo.get(p) for p in prompts}  # asked once: it may forget them meanwhile
+    # asked once: it may forget them meanwhile
+    states: dict[Prompt, State] = {p: memo.get(FirstStep(p)) for p in prompts}
     missing = [p for p, state in states.items() if state is None]
     for p, state in zip(missing, segmenter.steps(encoded, missing, [None] * len(missing)), strict=True):
-        states[p] = memo[p] = state
-    return tuple(segmenter.render(encoded, p, state).best for p, state in states.items())
+        states[p] = memo[FirstStep(p)] = state
+    return [segmenter.render(encoded, p, state).best for p, state in states.items()]
 
 
 def differing(masks: Iterable[tuple[T, Mask]], *, most: int | None = None) -> list[T]:
@@ -237,17 +262,22 @@ def _is_first(prompt: Prompt) -> bool:
     return len(prompt.clicks) + (prompt.box is not None) == 1
 
 
-def _replay(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo | None) -> State:
-    """Return the state after all clicks of an understood prompt."""
+def _clear(prompt: Prompt) -> Prompt:
+    """Return a prompt that names something to find, or refuse it."""
     if prompt.box is None and not any(click.positive for click in prompt.clicks):
         raise Refusal(
             "nothing says what to segment: click the object first, then Alt+click what to leave out"
             if prompt.clicks
             else "an empty prompt: give a click or a box"
         )
+    return prompt
+
+
+def _replay(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo | None) -> State:
+    """Return the state after all clicks of an understood prompt."""
     memo = {} if memo is None else memo
-    starts = range(0 if prompt.box is not None else 1, len(prompt.clicks) + 1)
-    prefixes = [_memo_key(segmenter, replace(prompt, clicks=prompt.clicks[:n])) for n in starts]
+    starts = range(0 if prompt.box is not None else 1, len(_clear(prompt).clicks) + 1)
+    prefixes = [replace(prompt, clicks=prompt.clicks[:n]) for n in starts]
     state, missing = None, []
     for prefix in reversed(prefixes):
         state = memo.get(prefix)
@@ -255,16 +285,32 @@ def _replay(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo |
             break
         missing.append(prefix)
     for prefix in reversed(missing):
-        state = memo[prefix] = segmenter.step(encoded, prefix, state)
+        if state is None:
+            first = _first_step(segmenter, encoded, prefix, memo)
+            state = segmenter.refine(encoded, prefix, first)
+            if state is first:
+                continue  # the memo has it
+        else:
+            state = segmenter.step(encoded, prefix, state)
+        memo[prefix] = state
     return state
 
 
-def _memo_key(segmenter: Segmenter, prompt: Prompt) -> Prompt:
-    """Where the first step has no earlier answer to choose by granularity, its state serves every level."""
-    if not _is_first(prompt) or not segmenter.first_step_serves_all_levels:
-        return prompt
+def _first_step(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Memo) -> State:
+    """Return the state after the first click or box, which may serve every level, as the network left it."""
+    key = _first_key(segmenter, prompt)
+    state = memo.get(key)
+    if state is None:
+        state = memo[key] = segmenter.step(encoded, key.prompt, None)
+    return state
+
+
+def _first_key(segmenter: Segmenter, prompt: Prompt) -> FirstStep:
+    """Return the key of a first step: with no earlier answer to choose by granularity, it may serve every level."""
+    if not segmenter.first_step_serves_all_levels:
+        return FirstStep(prompt)
     learned = segmenter.adapter is not None and prompt.granularity is not None
-    return replace(prompt, granularity=ANY_LEVEL if learned else None)
+    return FirstStep(replace(prompt, granularity=ANY_LEVEL if learned else None))
 
 
 def load_segmenter(

@@ -43,7 +43,7 @@ import numpy as np
 from model.annotations import AnnotatedImage, AnnotatedMask, decode
 from model.metrics import iou, iou_at_all_granularities, iou_matrix
 from model.robot import next_click
-from model.segmenter import Encoded, Segmenter, predict
+from model.segmenter import Encoded, MemoKey, Segmenter, predict
 from model.types import (
     MAX_CLICKS,
     MAX_PROPOSALS,
@@ -103,14 +103,14 @@ class ClickChain:
     phrase: str | None = None
     as_ritm: bool = False
     decided: Mask | None = None  # pixels that count; None: all
-    opening: dict[Prompt, Any] = field(default_factory=dict)  # memo of the first click, shared by chains of one model
+    opening: dict[MemoKey, Any] = field(default_factory=dict)  # memo of the first click, shared by chains of one model
     ious: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     areas: list[int] = field(default_factory=list)
     refusals: int = 0
     _clicks: tuple[Click, ...] = ()
     _mask: Mask | None = None
-    _memo: dict[Prompt, Any] = field(default_factory=dict)
+    _memo: dict[MemoKey, Any] = field(default_factory=dict)
 
     def run(self, budget: int, until: float = 2.0) -> list[float]:
         """Return the IoU after each click, up to the click that reaches `until` or to the budget."""
@@ -147,7 +147,7 @@ def answer_to(
     encoded: Encoded,
     prompt: Prompt,
     *,
-    memo: dict[Prompt, Any] | None = None,
+    memo: dict[MemoKey, Any] | None = None,
     proposals: int = 1,
 ) -> Prediction | None:
     """Return the answer to a prompt, or None where the segmenter refuses it."""
@@ -187,7 +187,7 @@ class Bench:
             raise Refusal(f"mask {mask.id} of {scene.image.path} is empty: nothing can be clicked in it")
         self.first = first
         self._chains: dict[Granularity | None, ClickChain] = {}
-        self._openings: dict[int, dict[Prompt, Any]] = {id(models.base): {}, id(models.adapted): {}}
+        self._openings: dict[int, dict[MemoKey, Any]] = {id(models.base): {}, id(models.adapted): {}}
 
     def chain(self, granularity: Granularity | None) -> ClickChain:
         """Return the robot's chain at a level, by the adapted model, or without one, by the base."""
@@ -442,7 +442,7 @@ def _seconds(segmenter: Segmenter, encoded: Encoded, prompt: Prompt) -> list[tup
 
     A click whose state is in the memo costs its rendering only; the rest of a click's time is the decoder's.
     """
-    memo: dict[Prompt, Any] = {}
+    memo: dict[MemoKey, Any] = {}
     found = []
     for n in range(1, len(prompt.clicks) + 1):
         clicked = replace(prompt, clicks=prompt.clicks[:n])

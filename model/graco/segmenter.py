@@ -253,6 +253,10 @@ class GracoSegmenter:
             raise ValueError("a phrase that nothing here can read: give prompts that `understood` has seen")
         return F.linear(self._text.encode([prompt.phrase])[0], *adapter.projection)
 
+    def refine(self, encoded: Encoded, prompt: Prompt, state: GracoState) -> GracoState:
+        """Return the answer to a first click as it is: a pass costs as much as encoding."""
+        return state
+
     def foresee(self, encoded: Encoded, prompt: Prompt, state: GracoState) -> None:
         """Return None: each step takes the photo as it is."""
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
 from model.geometry import Fit, FloatMap, Focus
+from model.light.ladder import OUTSIDE
 from model.light.network import LOW_RES, SIDE
 from model.types import Mask, RGBImage
 
@@ -27,8 +29,6 @@ Image.preinit()  # loads what reads and writes JPEG: now, not while an annotator
 
 FIRST_CLICK = 4
 """The first click that may be answered in a focus, which costs an encoding: most things need no more than three."""
-OUTSIDE = -10.0
-"""Logit of a pixel that lies outside the focus: surely not in the mask, and yet such as the decoder knows."""
 _EXPANSION = 2.0  # of the long side of what was found, to a side of the focus
 _SMALLEST = 64  # pixels of the photo as it is kept
 _SPECK = 0.05  # of the largest piece of what was found; smaller ones do not say where to look
@@ -93,15 +93,12 @@ def next_focus(found: FloatMap, look: Look, places: Iterable[tuple[float, float]
     old = look.focus
     edge = np.array([[0, 0], [whole.right + 1, whole.bottom + 1]], np.float32)
     wanted = np.array(list(places), np.float32).reshape(-1, 2).clip(*edge)
-    rows, columns = filled(look.fit)
-    mask = _without_specks(found[:rows, :columns] > 0)
+    mask = what_was_found(found, look.fit)
     held = old != whole and all(old.covers(x, y) for x, y in wanted)
     if not mask.any():
         return old if held else whole
-    y, x = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    corners = np.array([[x[0], y[0]], [x[-1] + 1, y[-1] + 1]], np.float32) * (SIDE / LOW_RES)
     borders = np.array([[old.left, old.top], [old.right + 1, old.bottom + 1]], np.float32)
-    extent = (look.fit.from_square(corners) + borders[0]).clip(*borders)
+    extent = (corners_of(mask, look.fit) + borders[0]).clip(*borders)
     cut = ((extent == borders) & (borders != edge)).any()  # at a border of the focus inside the photo
     if held and not cut:
         return old
@@ -118,8 +115,22 @@ def next_focus(found: FloatMap, look: Look, places: Iterable[tuple[float, float]
     return focus if max(focus.shape) < _LARGEST * max(whole.shape) else whole
 
 
-def _without_specks(mask: Mask) -> Mask:
-    """Return the pieces of a mask that are no specks beside the largest."""
+def corners_of(mask: Mask, fit: Fit) -> npt.NDArray[np.float32]:
+    """Return the corners of the box around a mask of logits that is not empty: 2, 2, x and y, pixels of the image.
+
+    Args:
+        mask: of the logits that the image fills, rows, columns.
+        fit: how the image sits in the square.
+    """
+    y, x = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    corners = np.array([[x[0], y[0]], [x[-1] + 1, y[-1] + 1]], np.float32) * (SIDE / LOW_RES)
+    return fit.from_square(corners)
+
+
+def what_was_found(logits: FloatMap, fit: Fit) -> Mask:
+    """Return the mask of logits, 256, 256, where the image fills them, without specks beside its largest piece."""
+    rows, columns = filled(fit)
+    mask = logits[:rows, :columns] > 0
     count, pieces, facts, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     areas = facts[:, cv2.CC_STAT_AREA].copy()
     areas[0] = 0  # all that is not in the mask

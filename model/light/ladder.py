@@ -26,6 +26,8 @@ CELL = SIDE // GRID
 """Pixels of the square along one side of a cell of the embedding."""
 LOGITS_PER_CELL = 4
 """Rows and columns of logits that one cell of the embedding becomes."""
+OUTSIDE = -10.0
+"""Logit of a pixel that was not looked at: surely not in the mask, and yet such as the decoder knows."""
 _WHOLE_WEIGHT = 20  # of level 1.0 beside each other level, where a ladder is made to grow: the whole hardly moves
 _LEAST_SHARE = 0.02  # of each of the base's masks in an untrained level's, so that it can still grow
 
@@ -159,6 +161,21 @@ def _isotonic(values: Tensor) -> Tensor:
         least = means.flip(1).cummin(dim=1).values.flip(1)  # of first .. each later one
         fitted[:, first:] = torch.maximum(fitted[:, first:], least)
     return fitted
+
+
+def placed(logits: Tensor, within: tuple[slice, slice], rows: int, columns: int) -> Tensor:
+    """Return logits of some cells among those of all the photo, B, L, 4 * rows, 4 * columns; the others are outside.
+
+    Args:
+        logits: B, L, 4 rows and columns for each of the cells of `within`.
+        within: which cells: their rows and columns.
+        rows: of all cells that hold anything of the photo.
+        columns: of these.
+    """
+    down, across = (slice(LOGITS_PER_CELL * s.start, LOGITS_PER_CELL * s.stop) for s in within)
+    all_of_them = logits.new_full((*logits.shape[:2], LOGITS_PER_CELL * rows, LOGITS_PER_CELL * columns), OUTSIDE)
+    all_of_them[..., down, across] = logits
+    return all_of_them
 
 
 def fill_square(logits: Tensor) -> Tensor:

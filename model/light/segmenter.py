@@ -24,11 +24,11 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from model.geometry import Fit, FloatMap, Focus, clip_box
-from model.light import focus
+from model.light import focus, refining
 from model.light.adapter import LadderAdapter, load_ladder
 from model.light.encoder import EncoderRuntime, make_encoder
 from model.light.focus import Look
-from model.light.ladder import cells, fill_square, growing
+from model.light.ladder import cells, fill_square, growing, placed
 from model.light.network import (
     BOX_BOTTOM_RIGHT,
     BOX_TOP_LEFT,
@@ -43,7 +43,7 @@ from model.light.network import (
 )
 from model.light.weights import MASK_DECODER, PROMPT_ENCODER, load_part
 from model.segmenter import Device, Encoded, EncoderChoice, differing, digest_of, pick_device, read_weights
-from model.types import LEVELS, Click, Granularity, Prediction, Prompt, Proposal, Refusal, RGBImage
+from model.types import LEVELS, Box, Click, Granularity, Mask, Prediction, Prompt, Proposal, Refusal, RGBImage
 
 log = logging.getLogger(__name__)
 
@@ -336,7 +336,6 @@ class LightSegmenter:
         self, adapter: LadderAdapter, encoded: Encoded, prompt: Prompt, state: LadderState | None
     ) -> LadderState:
         """Return the ladder's answer to all clicks of `prompt`."""
-        with_base = prompt.granularity == _WHOLE and prompt.phrase is None and len(prompt.clicks) >= _FIRST_WITH_BASE
         look, previous = Look(_whole(encoded)), None
         if state is not None:
             look, previous = state.look, _previous(state, prompt)
@@ -347,6 +346,29 @@ class LightSegmenter:
         if look.embedding is not None:  # what lies outside a focus is left out already
             inside = (click for click in prompt.clicks if click.positive or look.focus.covers(click.x, click.y))
             prompt = replace(prompt, clicks=tuple(inside))
+        return self._pass(adapter, encoded, prompt, look, previous)
+
+    def _pass(
+        self,
+        adapter: LadderAdapter,
+        encoded: Encoded,
+        prompt: Prompt,
+        look: Look,
+        previous: FloatMap | None,
+        within: tuple[slice, slice] | None = None,
+    ) -> LadderState:
+        """Return what one pass of the ladder answers.
+
+        Args:
+            adapter: answers.
+            encoded: the image.
+            prompt: what is asked.
+            look: what is seen of the image.
+            previous: logits 256, 256 in the square of `look`; None: there is no mask yet.
+            within: rows and columns of the cells that are read, the fewer the sooner; what lies around them is outside.
+                None: all that hold something of the image.
+        """
+        with_base = prompt.granularity == _WHOLE and prompt.phrase is None and len(prompt.clicks) >= _FIRST_WITH_BASE
         rows, columns = cells(*look.fit.resized)
         if look.embedding is None:
             plain, seen = encoded.tensors["embedding"], adapter.sees(encoded)
@@ -355,10 +377,12 @@ class LightSegmenter:
         with _DECODING, torch.inference_mode():
             dense, points = self._asked(prompt, look.focus, previous)
             image = self._on_device(seen) + dense
-            position = self._grid[..., :rows, :columns]
-            ladder = adapter.answer(image[..., :rows, :columns], position, points, prompt.phrase)
+            read = (..., *((slice(rows), slice(columns)) if within is None else within))
+            ladder = adapter.answer(image[read], self._grid[read], points, prompt.phrase)
             answers = ladder.logits.float()
-            if state is None:
+            if within is not None:
+                answers = placed(answers, within, rows, columns)
+            if previous is None:
                 answers[:, :LEVELS] = growing(answers[:, :LEVELS])
             if with_base:  # the score stays the ladder's, which is calibrated
                 single = self._mask_decoder(self._on_device(plain) + dense, self._grid, points)[0][:, _SINGLE]
@@ -367,6 +391,23 @@ class LightSegmenter:
             logits = fill_square(answers)[0].half().cpu().numpy()
         return LadderState(logits, tuple(float(s) for s in ladder.scores[0].sigmoid()), look)
 
+    def refine(self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState) -> LightState | LadderState:
+        """Return the ladder's answer to a first click with the middle and the box of what `state` found."""
+        adapter = self._adapter
+        if adapter is None or isinstance(state, LightState) or not prompt.clicks or not prompt.clicks[0].positive:
+            return state
+        look, refined = state.look, state
+        found = _found(prompt, refined)
+        if found.any() and (middle := refining.middle(found, prompt.clicks[0], look.fit)) is not None:
+            centred = replace(prompt, clicks=(*prompt.clicks, middle))
+            refined = self._pass(adapter, encoded, centred, look, None)
+            found = _found(prompt, refined)
+        if not found.any():
+            return state
+        (left, top), (right, bottom) = focus.corners_of(found, look.fit).tolist()
+        boxed = replace(prompt, box=Box(left=left, top=top, right=right, bottom=bottom))
+        return self._pass(adapter, encoded, boxed, look, _logits_of(prompt, refined), refining.around(found))
+
     def foresee(
         self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState
     ) -> Callable[[], LadderState] | None:
@@ -374,7 +415,7 @@ class LightSegmenter:
         adapter = self._adapter
         if adapter is None or not isinstance(state, LadderState) or len(prompt.clicks) + 1 < focus.FIRST_CLICK:
             return None
-        wanted = self._wanted(encoded, prompt, np.asarray(state.logits[state.token(prompt)], np.float32), state.look)
+        wanted = self._wanted(encoded, prompt, _logits_of(prompt, state), state.look)
         if wanted == _whole(encoded) or any(look.focus == wanted for look in state.looks):
             return None
         return lambda: replace(state, ahead=self._look_at(adapter, encoded, wanted))
@@ -481,9 +522,19 @@ def _whole(encoded: Encoded) -> Focus:
     return Focus(0, encoded.height - 1, 0, encoded.width - 1)
 
 
+def _found(prompt: Prompt, state: LadderState) -> Mask:
+    """Return the mask that answers `prompt`, of the logits that the image fills, without specks."""
+    return focus.what_was_found(_logits_of(prompt, state), state.look.fit)
+
+
+def _logits_of(prompt: Prompt, state: LightState | LadderState) -> FloatMap:
+    """Return the logits of the mask that answers `prompt`, 256, 256."""
+    return np.asarray(state.logits[state.token(prompt)], np.float32)
+
+
 def _previous(state: LightState | LadderState, prompt: Prompt) -> FloatMap:
     """Return the logits that answered all clicks of `prompt` but the last, 256, 256."""
-    return np.asarray(state.logits[state.token(replace(prompt, clicks=prompt.clicks[:-1]))], np.float32)
+    return _logits_of(replace(prompt, clicks=prompt.clicks[:-1]), state)
 
 
 def _map_of(encoded: Encoded, state: LightState | LadderState, token: int) -> FloatMap:

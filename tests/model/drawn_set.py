@@ -88,6 +88,9 @@ class Painter:
     def probability(self, encoded: Encoded, prompt: Prompt, state: object) -> FloatMap:
         return self.render(encoded, prompt, state).best.mask.astype(np.float32)
 
+    def refine(self, encoded: Encoded, prompt: Prompt, state: object) -> object:
+        return state
+
     def foresee(self, encoded: Encoded, prompt: Prompt, state: object) -> None:
         return None
 

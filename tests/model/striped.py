@@ -56,6 +56,9 @@ class Striped:
         masks = state[:proposals]
         return Prediction(proposals=tuple(Proposal(mask=m, score=0.95 - 0.05 * i) for i, m in enumerate(masks)))
 
+    def refine(self, encoded: Encoded, prompt: Prompt, state: Any) -> Any:
+        return state
+
     def foresee(self, encoded: Encoded, prompt: Prompt, state: Any) -> None:
         return None
 

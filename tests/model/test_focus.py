@@ -17,11 +17,12 @@ from model.geometry import Fit, FloatMap, Focus
 from model.light import focus
 from model.light import segmenter as light
 from model.light.encoder import TorchEncoder
-from model.light.focus import OUTSIDE, Look, filled, kept, moved, next_focus, pasted, seen_in
+from model.light.focus import Look, filled, kept, moved, next_focus, pasted, seen_in
+from model.light.ladder import OUTSIDE
 from model.light.network import LOW_RES, SIDE
 from model.light.segmenter import LadderState, LightState
 from model.metrics import iou
-from model.segmenter import BUNDLED_ADAPTER, Encoded, Segmenter, foresee, predict
+from model.segmenter import BUNDLED_ADAPTER, Encoded, FirstStep, Segmenter, foresee, predict
 from model.types import Box, Click, Granularity, Mask, Prediction, Prompt, RGBImage
 from tests.conftest import lawn
 
@@ -467,7 +468,7 @@ def test_a_positive_click_far_outside_the_focus_is_answered_on_all_of_the_photo(
 @pytest.fixture
 def made_ready(journey: Journey, ladder: Segmenter, encoded: Encoded) -> dict[Prompt, LadderState]:
     """A memo of three clicks that the fourth was made ready for."""
-    memo = {prompt: state for prompt, state in journey.memo.items() if len(prompt.clicks) < 4}
+    memo = {key: state for key, state in journey.memo.items() if isinstance(key, FirstStep) or len(key.clicks) < 4}
     make = foresee(ladder, encoded, journey.prompt(3), memo)
     assert make is not None
     assert memo[journey.prompt(3)].ahead is None, "nothing is done before it is called"
