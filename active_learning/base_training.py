@@ -187,7 +187,7 @@ _VIEWS = {"smallest": _SIDE, "seed": _COUNT_OR_NONE}
 _TRAINING = {
     **dict.fromkeys(("steps", "clicks", "most_clicks", "rank", "alpha", "checkpoint_every", "log_every"), _COUNT),
     **dict.fromkeys(("warmup", "seed"), _COUNT_OR_NONE),
-    **dict.fromkeys(("central", "further", "boxed", "average"), _SHARE),
+    **dict.fromkeys(("central", "further", "boxed", "refined", "average"), _SHARE),
     **dict.fromkeys(("learning_rate", "head_learning_rate", "clip"), _RATE),
     **dict.fromkeys(("weight_decay", "level_power", "focal", "overlap", "growth", "score"), _WEIGHT),
     "kind_weights": _Allowed(f"numbers from 0 on for {', '.join(get_args(Level))}", _weigh_levels),

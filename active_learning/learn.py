@@ -62,6 +62,7 @@ class LearningConfig:
     blends: tuple[float, ...] = (0.5, 0.25)  # of what was learned in a candidate; the next where one loses too much
     learning_rate: float = 1e-3
     head_learning_rate: float = 5e-4
+    refined: float = 0.5  # share of first clicks' answers that are taught as they serve, refined
     seed: int = 0
     checkpoint_every: int = 50  # steps
     tail: bool = True  # whether the encoder's tail learns too; it always does where the parent moves it
@@ -80,6 +81,7 @@ class LearningConfig:
             rank=rank,
             alpha=alpha,
             head_learning_rate=self.head_learning_rate,
+            refined=self.refined,
             warmup=20,
             log_every=10,
             **self._of_any(masks, device, precision),

@@ -64,6 +64,7 @@ class TrainingConfig(Course):
     further: float = 0.4  # share of steps that count the answer to a later click than the first
     most_clicks: int = 8  # of one prompt; the later a click, the less often it is the one that counts
     boxed: float = 0.1  # share of lessons that begin with boxes instead of clicks
+    refined: float = 0.0  # share of the steps that count a first click's answer which count it after it was refined
     focal: float = 1.0  # weights of the losses
     overlap: float = 1.0
     growth: float = 0.5
@@ -196,7 +197,10 @@ def _teach(
     rng: np.random.Generator,
     phrases: Tensor | None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Return the loss of the pass of a lesson that counts, and figures of it."""
+    """Return the loss of the pass of a lesson that counts, and figures of it.
+
+    What is refined is so as `LightSegmenter.refine` does it, but that no second click is added and all cells are read.
+    """
     rows, columns = lesson.photo.rows // LOGITS_PER_CELL, lesson.photo.columns // LOGITS_PER_CELL
     seen = embedding[:, :, :rows, :columns]
     position = position[:, :, :rows, :columns]
@@ -208,7 +212,10 @@ def _teach(
     asked = _asked_levels(lesson, rng)
     previous: Tensor | None = None
     counted = _counted_turn(config, rng)
-    for turn in range(config.most_clicks):
+    refining = config.refined > 0 and counted == 0 and boxes is None and rng.random() < config.refined
+    if refining:
+        counted = 1
+    for turn in range(max(config.most_clicks, counted + 1)):
         added = prompts.dense(previous)[..., :rows, :columns]
         image = (seen + added).expand(len(active), -1, -1, -1)
         vectors = _vectors(prompts, [clicks[i] for i in active], None if boxes is None else boxes[active])
@@ -220,8 +227,13 @@ def _teach(
         level = asked[active] if phrases is None else np.full(len(active), ladder.logits.shape[1] - 1)
         answers = ladder.logits[torch.arange(len(active)), torch.from_numpy(level)].float()
         going = []
+        masks = ((answers > 0) & (inside > 0)).cpu().numpy()
         for place, i in enumerate(active):
-            mask = ((answers[place] > 0) & (inside[0] > 0)).cpu().numpy()
+            mask = masks[place]
+            if refining:
+                if mask.any():
+                    going.append(place)
+                continue
             if rng.random() < config.central:
                 click = next_click(truths[i], mask, clicks[i])
             else:
@@ -232,6 +244,9 @@ def _teach(
         if going:
             previous = fill_square(answers[going][:, None])
             active = active[going]
+            if refining:
+                boxes = np.zeros((len(clicks), 2, 2), np.float32)
+                boxes[active] = [_around(masks[place]) for place in going]
         else:  # nothing is left to correct: what was answered counts, seen once more
             counted = turn + 1
     loss, ious = _loss(
@@ -245,7 +260,7 @@ def _teach(
         first=previous is None and boxes is None,
         with_phrase=phrases is not None,
     )
-    turns = "1" if counted == 0 else "2 and 3" if counted < 3 else "4 and more"
+    turns = "1" if counted == 0 or refining else "2 and 3" if counted < 3 else "4 and more"
     return loss, {"loss": float(loss.detach()), f"IoU after {turns}": float(ious.mean())}
 
 
@@ -280,12 +295,17 @@ def _boxes(truths: list[Mask], rng: np.random.Generator) -> npt.NDArray[np.float
     """Return boxes as people draw them, sides off by up to a twentieth: B, 2, 2, corners in pixels of the logits."""
     boxes = []
     for truth in truths:
-        rows, columns = np.flatnonzero(truth.any(axis=1)), np.flatnonzero(truth.any(axis=0))
-        corners = np.array([[columns[0], rows[0]], [columns[-1] + 1, rows[-1] + 1]], np.float32)
+        corners = _around(truth)
         size = corners[1] - corners[0]
         moved = corners + rng.uniform(-0.05, 0.05, (2, 2)) * size
         boxes.append(np.clip(moved, 0, truth.shape[::-1]))
     return np.stack(boxes).astype(np.float32)
+
+
+def _around(mask: Mask) -> npt.NDArray[np.float32]:
+    """Return the corners of the box around a mask that is not empty: 2, 2, pixels of the logits."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return np.array([[columns[0], rows[0]], [columns[-1] + 1, rows[-1] + 1]], np.float32)
 
 
 def _vectors(prompts: PromptEncoder, clicks: list[list[Click]], boxes: npt.NDArray[np.float32] | None) -> Tensor:

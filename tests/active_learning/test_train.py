@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from active_learning import train
 from active_learning.dataset import EmbeddingFiles, Sampler
 from active_learning.train import (
     TrainingConfig,
@@ -18,7 +19,7 @@ from active_learning.train import (
 from active_learning.training_run import seeded
 from model.adapter import ENCODER, load_lora, lora_state, switch_on
 from model.light.adapter import LEVEL, PHRASE
-from model.light.ladder import LadderDecoder
+from model.light.ladder import Ladder, LadderDecoder
 from model.light.network import CHANNELS
 from model.light.tail import TAIL_LAYERS
 from model.types import Refusal
@@ -291,6 +292,59 @@ def test_lessons_that_begin_with_boxes_are_learned_from_too(fresh, teach, tmp_pa
     assert [progress.step for progress in told] == [1, 2, 3, 4]
     assert any("IoU after 2 and 3" in progress.figures for progress in told)
     assert all(np.isfinite(progress.figures["loss"]) for progress in told)
+
+
+def asked_of(monkeypatch):
+    """Return a list that grows by the clicks of a prompt, its boxes, and whether the pass counts, with every pass."""
+    asked, original = [], train._vectors
+
+    def noted(prompts, clicks, boxes):
+        asked.append(([len(one) for one in clicks], boxes, torch.is_grad_enabled()))
+        return original(prompts, clicks, boxes)
+
+    monkeypatch.setattr(train, "_vectors", noted)
+    return asked
+
+
+def test_a_refined_first_click_is_taught_with_the_box_of_what_the_network_found(fresh, teach, tmp_path, monkeypatch):
+    asked, told = asked_of(monkeypatch), []
+    recipe = config(steps=4, refined=1.0, boxed=0.0, further=0.0, clicks=2, most_clicks=1)
+    teach(fresh(LEVEL), tmp_path, recipe, report=told.append)
+    assert len(asked) == 2 * 4, "one pass to find it, one that counts"
+    for (clicks, first_boxes, _), (again, boxes, _) in zip(asked[::2], asked[1::2], strict=True):
+        assert first_boxes is None
+        assert set(clicks) == set(again) == {1}, "no click is added"
+        assert boxes.shape == (len(again), 2, 2)
+        assert (boxes[:, 1] > boxes[:, 0]).all()
+    assert all("IoU after 1" in progress.figures for progress in told)
+    assert all(np.isfinite(progress.figures["loss"]) for progress in told)
+
+
+def test_without_it_and_after_boxes_nothing_is_refined(fresh, teach, tmp_path, monkeypatch):
+    asked = asked_of(monkeypatch)
+    teach(fresh(LEVEL), tmp_path / "none", config(steps=3, refined=0.0, boxed=0.0, further=0.0))
+    assert [boxes for _, boxes, _ in asked] == [None] * 3
+    asked.clear()
+    teach(fresh(LEVEL), tmp_path / "boxed", config(steps=3, refined=1.0, boxed=1.0, further=0.0))
+    assert len(asked) == 3
+
+
+def test_a_network_that_finds_nothing_is_taught_by_the_click_alone(fresh, teach, tmp_path, monkeypatch):
+    monkeypatch.setattr(LadderDecoder, "forward", emptied(LadderDecoder.forward))
+    asked, told = asked_of(monkeypatch), []
+    teach(fresh(LEVEL), tmp_path, config(steps=2, refined=1.0, boxed=0.0, further=0.0), report=told.append)
+    assert [boxes for _, boxes, _ in asked] == [None] * 4
+    assert all(np.isfinite(progress.figures["loss"]) for progress in told)
+
+
+def emptied(forward):
+    """Return a pass of the decoder whose masks have no pixel."""
+
+    def answered(*given, **named):
+        ladder = forward(*given, **named)
+        return Ladder(ladder.logits.clamp(max=-1), ladder.scores)
+
+    return answered
 
 
 def test_tensorboards_file_holds_the_losses_and_progress_is_told_every_few_steps(fresh, teach, tmp_path):
