@@ -392,7 +392,10 @@ class LightSegmenter:
         return LadderState(logits, tuple(float(s) for s in ladder.scores[0].sigmoid()), look)
 
     def refine(self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState) -> LightState | LadderState:
-        """Return the ladder's answer to a first click with the middle and the box of what `state` found."""
+        """Return the ladder's answer to a first click with the middle and the box of what `state` found.
+
+        Its scores stay those of `state`, which are calibrated: beside a box the network is too sure of itself.
+        """
         adapter = self._adapter
         if adapter is None or isinstance(state, LightState) or not prompt.clicks or not prompt.clicks[0].positive:
             return state
@@ -406,7 +409,8 @@ class LightSegmenter:
             return state
         (left, top), (right, bottom) = focus.corners_of(found, look.fit).tolist()
         boxed = replace(prompt, box=Box(left=left, top=top, right=right, bottom=bottom))
-        return self._pass(adapter, encoded, boxed, look, _logits_of(prompt, refined), refining.around(found))
+        refined = self._pass(adapter, encoded, boxed, look, _logits_of(prompt, refined), refining.around(found))
+        return replace(refined, scores=state.scores)
 
     def foresee(
         self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState

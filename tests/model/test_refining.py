@@ -146,6 +146,11 @@ def test_a_click_in_the_middle_takes_two_passes_and_one_beside_it_three(ladder, 
     asked.clear()
     predict(ladder, encoded, Prompt(clicks=(beside,), granularity=level))
     assert [(len(prompt.clicks), prompt.box is None) for prompt in asked] == [(1, True), (2, True), (1, False)]
+    one, other = (
+        predict(ladder, encoded, Prompt(clicks=(beside,), granularity=level), refined=refined).best.score
+        for refined in (True, False)
+    )
+    assert one == other, "scores are those of the first pass, which are calibrated"
     added = asked[1].clicks[1]
     assert (added.x, added.y) == pytest.approx((200, 220), abs=12), "the middle of the disc"
 
