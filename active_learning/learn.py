@@ -119,8 +119,10 @@ def graco_learning(device: str) -> LearningConfig:
 
     So on a CPU there are few of them: ViT-B takes 10 to 40 s for each, of the time that a training may take.
     """
-    # crops, fewer steps and less replay were tried with `light` alone
-    config = LearningConfig(learning_rate=5e-4, steps_per_mask=4.0, most_steps=600, views=0, replay=0.5, tail=False)
+    # its clicks are not refined; crops, fewer steps and less replay were tried with `light` alone
+    config = LearningConfig(
+        learning_rate=5e-4, steps_per_mask=4.0, most_steps=600, views=0, replay=0.5, tail=False, refined=0.0
+    )
     if _on_gpu(device):
         return replace(config, clicks=4)
     return replace(config, steps_per_mask=1.0, fewest_steps=40, most_steps=60, clicks=2, checkpoint_every=5)

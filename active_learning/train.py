@@ -199,7 +199,8 @@ def _teach(
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the loss of the pass of a lesson that counts, and figures of it.
 
-    What is refined is so as `LightSegmenter.refine` does it, but that no second click is added and all cells are read.
+    What is refined is nearly so as `LightSegmenter.refine` does it: no second click is added, specks count for the box,
+    and all cells are read. Only the mask that was meant counts then, at its level.
     """
     rows, columns = lesson.photo.rows // LOGITS_PER_CELL, lesson.photo.columns // LOGITS_PER_CELL
     seen = embedding[:, :, :rows, :columns]

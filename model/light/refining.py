@@ -13,12 +13,14 @@ import cv2
 import numpy as np
 
 from model.geometry import Fit, depth
+from model.light.focus import filled
 from model.light.ladder import LOGITS_PER_CELL
 from model.light.network import LOW_RES, SIDE
 from model.types import Click, Mask
 
 _OFF_CENTRE = 0.6
 """Of the depth of what was found in its middle: a click less deep is helped by another, in the middle."""
+_PIXELS = SIDE / LOW_RES  # of the square, along one side of a logit
 _WIDER = 1.5  # sides of what is read again, over those of the box around what was found
 _FEWEST = 8  # cells along a side of what is read again
 
@@ -30,13 +32,20 @@ def around(found: Mask) -> tuple[slice, slice]:
         found: mask of the logits that the image fills, rows, columns, not empty.
     """
     sides = []
-    for axis, filled in ((1, found.shape[0]), (0, found.shape[1])):
+    for axis, count in ((1, found.shape[0]), (0, found.shape[1])):
         places = np.flatnonzero(found.any(axis=axis)) / LOGITS_PER_CELL
-        first, last, cells = places[0], places[-1] + 1 / LOGITS_PER_CELL, -(-filled // LOGITS_PER_CELL)
+        first, last, cells = places[0], places[-1] + 1 / LOGITS_PER_CELL, -(-count // LOGITS_PER_CELL)
         half = max(_WIDER * (last - first), _FEWEST) / 2
         middle = (first + last) / 2
         sides.append(slice(max(0, int(middle - half)), min(cells, int(np.ceil(middle + half)))))
     return sides[0], sides[1]
+
+
+def logit_at(click: Click, fit: Fit) -> tuple[int, int]:
+    """Return row and column of the logit under a click; of one outside the image, of the nearest that it fills."""
+    x, y = fit.to_square(np.array([click.x, click.y])) / _PIXELS
+    rows, columns = filled(fit)
+    return int(np.clip(y, 0, rows - 1)), int(np.clip(x, 0, columns - 1))
 
 
 def middle(found: Mask, click: Click, fit: Fit) -> Click | None:
@@ -47,14 +56,12 @@ def middle(found: Mask, click: Click, fit: Fit) -> Click | None:
         click: on the image.
         fit: how the image sits in the square.
     """
-    pixels = SIDE / LOW_RES  # of the square, along one side of a logit
-    x, y = fit.to_square(np.array([click.x, click.y])) / pixels
-    row, column = min(int(y), found.shape[0] - 1), min(int(x), found.shape[1] - 1)
+    row, column = logit_at(click, fit)
     _, pieces = cv2.connectedComponents(found.astype(np.uint8))
     clicked = pieces == pieces[row, column] if found[row, column] else found
     deep = depth(clicked)
     if deep[row, column] >= _OFF_CENTRE * deep.max():
         return None
     place = np.array(np.unravel_index(int(deep.argmax()), deep.shape))[::-1] + 0.5  # x and y, logits
-    x, y = fit.from_square(place * pixels).tolist()
+    x, y = fit.from_square(place * _PIXELS).tolist()
     return Click(x=min(x, fit.width - 0.5), y=min(y, fit.height - 0.5), positive=True)

@@ -1,7 +1,8 @@
 """The `light` family as a `Segmenter`: one encoder run per image, one decoder pass per click.
 
 With an adapter a prompt with a level or a phrase goes to the ladder decoder, whose pass answers all ten levels; from
-the fourth click on it looks closer at small things (`model.light.focus`). One with neither goes to the base's decoder,
+the fourth click on it looks closer at small things (`model.light.focus`), and a first click is refined
+(`model.light.refining`). One with neither goes to the base's decoder,
 as if there were no adapter. Without an adapter a level chooses among the base's three masks (tokens 1-3) by rank of
 area: levels 1-3 the smallest, 4-7 the middle, 8-10 the largest.
 """
@@ -336,6 +337,7 @@ class LightSegmenter:
         self, adapter: LadderAdapter, encoded: Encoded, prompt: Prompt, state: LadderState | None
     ) -> LadderState:
         """Return the ladder's answer to all clicks of `prompt`."""
+        with_base = prompt.granularity == _WHOLE and prompt.phrase is None and len(prompt.clicks) >= _FIRST_WITH_BASE
         look, previous = Look(_whole(encoded)), None
         if state is not None:
             look, previous = state.look, _previous(state, prompt)
@@ -346,7 +348,7 @@ class LightSegmenter:
         if look.embedding is not None:  # what lies outside a focus is left out already
             inside = (click for click in prompt.clicks if click.positive or look.focus.covers(click.x, click.y))
             prompt = replace(prompt, clicks=tuple(inside))
-        return self._pass(adapter, encoded, prompt, look, previous)
+        return self._pass(adapter, encoded, prompt, look, previous, with_base=with_base)
 
     def _pass(
         self,
@@ -355,7 +357,9 @@ class LightSegmenter:
         prompt: Prompt,
         look: Look,
         previous: FloatMap | None,
+        *,
         within: tuple[slice, slice] | None = None,
+        with_base: bool = False,
     ) -> LadderState:
         """Return what one pass of the ladder answers.
 
@@ -367,8 +371,8 @@ class LightSegmenter:
             previous: logits 256, 256 in the square of `look`; None: there is no mask yet.
             within: rows and columns of the cells that are read, the fewer the sooner; what lies around them is outside.
                 None: all that hold something of the image.
+            with_base: whether the base has a say in the whole.
         """
-        with_base = prompt.granularity == _WHOLE and prompt.phrase is None and len(prompt.clicks) >= _FIRST_WITH_BASE
         rows, columns = cells(*look.fit.resized)
         if look.embedding is None:
             plain, seen = encoded.tensors["embedding"], adapter.sees(encoded)
@@ -394,7 +398,8 @@ class LightSegmenter:
     def refine(self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState) -> LightState | LadderState:
         """Return the ladder's answer to a first click with the middle and the box of what `state` found.
 
-        Its scores stay those of `state`, which are calibrated: beside a box the network is too sure of itself.
+        Its scores stay those of `state`, which are calibrated: beside a box the network is too sure of itself. Where
+        the click is no longer in the mask, it is `state`.
         """
         adapter = self._adapter
         if adapter is None or isinstance(state, LightState) or not prompt.clicks or not prompt.clicks[0].positive:
@@ -409,7 +414,11 @@ class LightSegmenter:
             return state
         (left, top), (right, bottom) = focus.corners_of(found, look.fit).tolist()
         boxed = replace(prompt, box=Box(left=left, top=top, right=right, bottom=bottom))
-        refined = self._pass(adapter, encoded, boxed, look, _logits_of(prompt, refined), refining.around(found))
+        within = refining.around(found)
+        refined = self._pass(adapter, encoded, boxed, look, _logits_of(prompt, refined), within=within)
+        row, column = refining.logit_at(prompt.clicks[0], look.fit)
+        if not _logits_of(prompt, refined)[row, column] > 0:
+            return state
         return replace(refined, scores=state.scores)
 
     def foresee(

@@ -577,6 +577,24 @@ def test_from_the_third_click_on_a_whole_is_the_mean_of_the_ladder_and_the_base(
     np.testing.assert_allclose(with_base.logits[9, :rows].astype(np.float32), mean, atol=0.05)
 
 
+def test_negative_clicks_outside_the_focus_do_not_silence_the_base(ladder, encoded, monkeypatch):
+    said, original = [], light.LightSegmenter._pass
+
+    def noted(*given, with_base=False, **chosen):
+        said.append(with_base)
+        return original(*given, with_base=with_base, **chosen)
+
+    monkeypatch.setattr(light.LightSegmenter, "_pass", noted)
+    away = tuple(Click(x=x, y=y, positive=False) for x, y in ((100, 100), (100, 1000), (300, 600)))
+    memo: dict = {}
+    for n in range(1, 5):
+        said.clear()
+        prompt = Prompt(clicks=(CLICKS[0], *away)[:n], granularity=Granularity(10))
+        predict(ladder, encoded, prompt, memo=memo)
+        assert said[-1] == (n >= 3)
+    assert memo[prompt].look.embedding is not None, "the fourth is answered in a focus, and these lie outside"
+
+
 @pytest.mark.parametrize("journey", [10], indirect=True)
 def test_the_base_has_its_say_in_a_focus_too(journey, ladder, encoded, monkeypatch):
     monkeypatch.setattr(light, "_FIRST_WITH_BASE", 10**6)

@@ -126,9 +126,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
     prompts: list[Prompt] = []
     original = LightSegmenter._pass
 
-    def noted(self, adapter, encoded, prompt, *rest):
+    def noted(self, adapter, encoded, prompt, *rest, **chosen):
         prompts.append(prompt)
-        return original(self, adapter, encoded, prompt, *rest)
+        return original(self, adapter, encoded, prompt, *rest, **chosen)
 
     monkeypatch.setattr(LightSegmenter, "_pass", noted)
     return prompts
@@ -197,6 +197,39 @@ def test_unrefined_is_the_first_pass_for_all_levels(ladder, encoded, asked):
     assert len(asked) == 3, "and what was refined is kept"
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_where_refining_loses_the_click_the_first_answer_stands(ladder, encoded, monkeypatch, lost):
+    prompt = Prompt(clicks=(Click(x=200, y=220, positive=True),), granularity=Granularity(3))
+    first = ladder.step(encoded, prompt, None)
+    original = LightSegmenter._pass
+
+    def emptied(*given, **chosen):
+        state = original(*given, **chosen)
+        return LadderState(np.minimum(state.logits, -1), state.scores, state.look) if lost else state
+
+    monkeypatch.setattr(LightSegmenter, "_pass", emptied)
+    assert (ladder.refine(encoded, prompt, first) is first) == lost
+
+
+def test_the_previous_mask_of_a_second_click_is_the_refined_one(ladder, encoded, monkeypatch):
+    first, level = Click(x=130, y=265, positive=True), Granularity(10)
+    memo: dict = {}
+    predict(ladder, encoded, Prompt(clicks=(first,), granularity=level), memo=memo)
+    refined = memo[Prompt(clicks=(first,), granularity=level)].logits[9].astype(np.float32)
+    previous, original = [], LightSegmenter._pass
+    monkeypatch.setattr(LightSegmenter, "_pass", lambda *a, **k: previous.append(a[5]) or original(*a, **k))
+    clicks = (first, Click(x=490, y=200, positive=False))
+    predict(ladder, encoded, Prompt(clicks=clicks, granularity=level), memo=memo)
+    np.testing.assert_array_equal(previous[0], refined)
+
+
+@pytest.mark.parametrize("place", [(-5000.0, 220.0), (200.0, -300.0), (9000.0, 9000.0)])
+def test_a_click_outside_the_photo_is_as_one_at_its_edge(ladder, encoded, place):
+    assert refining.logit_at(Click(x=place[0], y=place[1], positive=True), FIT) in {(88, 0), (0, 80), (191, 255)}
+    x, y = place
+    predict(ladder, encoded, Prompt(clicks=(Click(x=x, y=y, positive=True),), granularity=Granularity(5)))
+
+
 def test_a_mask_without_a_pixel_stays_as_it_is(ladder, encoded, asked):
     prompt = Prompt(clicks=(Click(x=200, y=220, positive=True),), granularity=Granularity(3))
     nothing = LadderState(
@@ -208,7 +241,7 @@ def test_a_mask_without_a_pixel_stays_as_it_is(ladder, encoded, asked):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2000), (2000, 3), (7, 1600), (20, 20)])
-def test_photos_of_any_shape_are_refined(ladder, size):
+def test_photos_of_any_shape_are_refined(ladder, size, asked):
     height, width = size
     encoded = ladder.encode(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
     for (x, y), level in itertools.product(((width / 2, height / 2), (0, 0), (width, height)), (1, 10)):
@@ -216,6 +249,7 @@ def test_photos_of_any_shape_are_refined(ladder, size):
         best = predict(ladder, encoded, prompt).best
         assert best.mask.shape == (height, width)
         assert 0 <= best.score <= 1
+    assert any(prompt.box is not None for prompt in asked), "something was found, and a box asked with"
 
 
 @pytest.mark.parametrize(("name", "level", "gain"), [("car-parts", "part", 0.01), ("coco-mval", "object", 0.0)])
