@@ -532,7 +532,7 @@ def test_a_candidate_that_is_worse_on_too_few_held_out_objects_serves_by_no_sett
 def test_a_line_that_lost_too_much_since_its_beginning_is_compared_with_that_beginning(place, trainings, tmp_path):
     fill(place.store, place.images, photos=6)
     good = read_adapter(BUNDLED_ADAPTER)
-    lora = good.lora | {"level": {name: value * 1.5 for name, value in good.lora["level"].items()}}
+    lora = good.lora | {"level": {name: value * 3 for name, value in good.lora["level"].items()}}
     write_adapter(tmp_path / "worse.safetensors", card=good.card, plain=good.plain, lora=lora)
     worse = place.registry.publish("project-3", tmp_path / "worse.safetensors", card={"snapshot": "x"}, activate=True)
     ended = carry_out(place, trainings)

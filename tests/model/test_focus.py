@@ -618,7 +618,7 @@ def small_parts(shared: Path, segmenter: Segmenter) -> list[Part]:
         for mask in image.masks
         if mask.level == "part" and 0.002 < mask.area / (image.height * image.width) < 0.006
     ]
-    return [(image, mask, segmenter.encode(image.pixels())) for image, mask in found[:: len(found) // 4][:4]]
+    return [(image, mask, segmenter.encode(image.pixels())) for image, mask in found[:: len(found) // 12][:12]]
 
 
 def after_clicks(segmenter: Segmenter, part: Part, clicks: int) -> float:

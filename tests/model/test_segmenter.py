@@ -221,12 +221,12 @@ def test_all_levels_leave_out_no_mask_of_the_base_and_put_none_in_the_place_of_a
             assert max(iou(mask, p.mask) for p in found if p.granularity is not None) > 0.8
 
 
-def test_no_level_of_a_first_click_is_smaller_than_the_one_before(ladder, encoded):
+def test_no_level_of_a_first_pass_is_smaller_than_the_one_before(ladder, encoded):
     for x, y in ((200, 220), (490, 300), (540, 250), (20, 20), (320, 400)):
         clicks = (Click(x=x, y=y, positive=True),)
         areas = [
-            int(predict(ladder, encoded, Prompt(clicks=clicks, granularity=Granularity(level))).best.mask.sum())
-            for level in range(1, 11)
+            int(predict(ladder, encoded, prompt, refined=False).best.mask.sum())
+            for prompt in (Prompt(clicks=clicks, granularity=Granularity(level)) for level in range(1, 11))
         ]
         assert all(after >= 0.99 * before for before, after in itertools.pairwise(areas)), areas
 
