@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from active_learning.databases import all_or_nothing, open_whole
+from model.geometry import extent
 from model.types import Click, Mask
 
 if TYPE_CHECKING:  # who writes corrections shall not hold pycocotools and scipy in memory
@@ -480,17 +481,11 @@ def parents_of(masks: Sequence[Mask]) -> list[int | None]:
         if area == 0:
             parents.append(None)
             continue
-        box = _box(mask)
+        box = extent(mask)
         larger = (index for index in smallest_first if areas[index] > area)
         holding = (i for i in larger if np.count_nonzero(mask[box] & masks[i][box]) >= _INSIDE * area)
         parents.append(next(holding, None))
     return parents
-
-
-def _box(mask: Mask) -> tuple[slice, slice]:
-    """Return the rows and columns that hold all of a mask, which is not empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 
 from active_learning.corrections import Correction, held_out, parents_of
 from model.annotations import decode
+from model.geometry import extent
 from model.types import Mask, Refusal
 
 log = logging.getLogger(__name__)
@@ -103,8 +104,8 @@ def _notes(
     notes = []
     for place, (one, mask) in enumerate(drawn):
         parent = parents[place]
-        rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-        left, top, right, bottom = (int(edge) for edge in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+        rows, columns = extent(mask)
+        left, top, right, bottom = columns.start, rows.start, columns.stop, rows.stop
         notes.append(
             {
                 "id": first + place,

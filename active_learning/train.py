@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from active_learning.dataset import EmbeddingFiles, Lesson, Sampler, targets
 from active_learning.training_run import Course, Figures, Progress, TrainingRun, seeded
 from model.adapter import ENCODER, Q_AND_V, attach, switch_on
+from model.geometry import corners
 from model.light.adapter import LEVEL, PHRASE
 from model.light.ladder import LOGITS_PER_CELL, LadderDecoder, fill_square
 from model.light.network import (
@@ -227,27 +228,25 @@ def _teach(
             break
         level = asked[active] if phrases is None else np.full(len(active), ladder.logits.shape[1] - 1)
         answers = ladder.logits[torch.arange(len(active)), torch.from_numpy(level)].float()
-        going = []
         masks = ((answers > 0) & (inside > 0)).cpu().numpy()
-        for place, i in enumerate(active):
-            mask = masks[place]
-            if refining:
-                if mask.any():
+        if refining:
+            going = [place for place, mask in enumerate(masks) if mask.any()]
+        else:
+            going = []
+            for place, (i, mask) in enumerate(zip(active, masks, strict=True)):
+                if rng.random() < config.central:
+                    click = next_click(truths[i], mask, clicks[i])
+                else:
+                    click = sample_click(truths[i], mask, rng, clicks[i])
+                if click is not None:
+                    clicks[i].append(click)
                     going.append(place)
-                continue
-            if rng.random() < config.central:
-                click = next_click(truths[i], mask, clicks[i])
-            else:
-                click = sample_click(truths[i], mask, rng, clicks[i])
-            if click is not None:
-                clicks[i].append(click)
-                going.append(place)
         if going:
             previous = fill_square(answers[going][:, None])
             active = active[going]
             if refining:
                 boxes = np.zeros((len(clicks), 2, 2), np.float32)
-                boxes[active] = [_around(masks[place]) for place in going]
+                boxes[active] = [corners(masks[place]) for place in going]
         else:  # nothing is left to correct: what was answered counts, seen once more
             counted = turn + 1
     loss, ious = _loss(
@@ -296,17 +295,10 @@ def _boxes(truths: list[Mask], rng: np.random.Generator) -> npt.NDArray[np.float
     """Return boxes as people draw them, sides off by up to a twentieth: B, 2, 2, corners in pixels of the logits."""
     boxes = []
     for truth in truths:
-        corners = _around(truth)
-        size = corners[1] - corners[0]
-        moved = corners + rng.uniform(-0.05, 0.05, (2, 2)) * size
+        box = corners(truth)
+        moved = box + rng.uniform(-0.05, 0.05, (2, 2)) * (box[1] - box[0])
         boxes.append(np.clip(moved, 0, truth.shape[::-1]))
     return np.stack(boxes).astype(np.float32)
-
-
-def _around(mask: Mask) -> npt.NDArray[np.float32]:
-    """Return the corners of the box around a mask that is not empty: 2, 2, pixels of the logits."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return np.array([[columns[0], rows[0]], [columns[-1] + 1, rows[-1] + 1]], np.float32)
 
 
 def _vectors(prompts: PromptEncoder, clicks: list[list[Click]], boxes: npt.NDArray[np.float32] | None) -> Tensor:
@@ -317,8 +309,8 @@ def _vectors(prompts: PromptEncoder, clicks: list[list[Click]], boxes: npt.NDArr
     if boxes is None:
         xy, kinds = F.pad(xy, (0, 0, 0, 1)), F.pad(kinds, (0, 1), value=POINT_PADDING)
     else:
-        corners = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]).expand(len(clicks), -1)
-        xy, kinds = torch.cat([xy, torch.from_numpy(boxes)], dim=1), torch.cat([kinds, corners], dim=1)
+        ends = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]).expand(len(clicks), -1)
+        xy, kinds = torch.cat([xy, torch.from_numpy(boxes)], dim=1), torch.cat([kinds, ends], dim=1)
     device = prompts.frequencies.device
     vectors: Tensor = prompts.points((xy * _LOGIT_PIXELS).to(device), kinds.to(device))
     return vectors

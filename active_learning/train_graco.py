@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from active_learning.dataset import Sampler, soft_levels
 from active_learning.training_run import Course, Figures, Progress, TrainingRun, seeded
 from model.adapter import AdapterFile, attach, load_lora, lora_state
+from model.geometry import extent
 from model.graco.inputs import click_disks, normalise
 from model.graco.network import SimpleClick
 from model.graco.weights import ALPHA, LEVEL, LEVEL_EMBEDDING, RANK
@@ -194,14 +195,13 @@ def _around(mask: Mask, widest: float, rng: np.random.Generator) -> Part:
     """Return a part of the photo with the mask somewhere in it: its box, wider by a factor drawn up to `widest`."""
     wider = math.exp(rng.uniform(0, math.log(widest)))
 
-    def along(axis: int) -> slice:
-        size, places = mask.shape[axis], np.flatnonzero(mask.any(axis=1 - axis))
-        first, end = int(places[0]), int(places[-1]) + 1
-        length = min(size, math.ceil((end - first) * wider))
-        start = int(rng.integers(max(0, end - length), min(first, size - length) + 1))
+    def along(held: slice, size: int) -> slice:
+        length = min(size, math.ceil((held.stop - held.start) * wider))
+        start = int(rng.integers(max(0, held.stop - length), min(held.start, size - length) + 1))
         return slice(start, start + length)
 
-    return along(0), along(1)
+    rows, columns = extent(mask)
+    return along(rows, mask.shape[0]), along(columns, mask.shape[1])
 
 
 def _teach(

@@ -118,6 +118,26 @@ def clip_box(box: Box, height: int, width: int) -> Box:
     return Box(left=left, top=top, right=right, bottom=bottom)
 
 
+def extent(mask: Mask) -> tuple[slice, slice]:
+    """Return the rows and columns that hold all of a mask, H, W, which is not empty.
+
+    >>> extent(np.array([[0, 0, 0], [0, 1, 1], [0, 0, 1]], bool))
+    (slice(1, 3, None), slice(1, 3, None))
+    """
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def corners(mask: Mask) -> npt.NDArray[np.float32]:
+    """Return the corners of the box around a mask, H, W, which is not empty: 2, 2, x and y, pixels.
+
+    >>> corners(np.array([[0, 0, 0], [0, 1, 1]], bool)).tolist()
+    [[1.0, 1.0], [3.0, 2.0]]
+    """
+    rows, columns = extent(mask)
+    return np.array([[columns.start, rows.start], [columns.stop, rows.stop]], np.float32)
+
+
 def depth(mask: Mask) -> FloatMap:
     """Return how far each pixel of a mask, H, W, is from its border in pixels, 0 outside; the image's edge is a border.
 

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import cv2
 import numpy as np
 
+from model.geometry import extent
 from model.granularity import estimate
 from model.metrics import iou
 from model.robot import next_click
@@ -132,10 +133,8 @@ def _clicks_in(whole: Mask, rng: np.random.Generator, count: int) -> list[Click]
 
 
 def _grid_in(whole: Mask, grid: int) -> list[Click]:
-    rows, columns = np.flatnonzero(whole.any(axis=1)), np.flatnonzero(whole.any(axis=0))
     places = (np.arange(grid) + 0.5) / grid
-    down = (rows[0] + places * (rows[-1] + 1 - rows[0])).astype(int)
-    across = (columns[0] + places * (columns[-1] + 1 - columns[0])).astype(int)
+    down, across = ((held.start + places * (held.stop - held.start)).astype(int) for held in extent(whole))
     return [_click(row, column, positive=True) for row in down for column in across if whole[row, column]]
 
 

@@ -215,8 +215,7 @@ def _all_levels(segmenter: Segmenter, encoded: Encoded, prompt: Prompt, memo: Me
         differ = segmenter.render(encoded, prompt, state, proposals=LEVELS).proposals
         asked = [replace(prompt, granularity=one.granularity) for one in differ]
         # what is refined is not kept: a state each would push those of clicks out
-        opening: dict[MemoKey, State] = {_first_key(segmenter, p): state for p in asked}
-        ladder = [segmenter.render(encoded, p, _replay(segmenter, encoded, p, dict(opening))).best for p in asked]
+        ladder = [segmenter.render(encoded, p, segmenter.refine(encoded, p, state)).best for p in asked]
     else:
         ladder = _passes_of_all_levels(segmenter, encoded, prompt, memo)
     ranked = sorted(ladder, key=lambda one: -one.score)

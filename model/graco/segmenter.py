@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.adapter import AdapterFile, read_adapter
-from model.geometry import FloatMap, Focus
+from model.geometry import FloatMap, Focus, extent
 from model.graco.inputs import WINDOW, Architecture, LowRank, click_disks, normalise, row_of
 from model.graco.runtime import Runtime, make_runtime
 from model.graco.weights import LEVEL, LEVEL_EMBEDDING, PHRASE, PHRASE_BIAS, PHRASE_WEIGHT, RANK, read_base
@@ -367,10 +367,10 @@ def _next_focus(
 
 def _around(mask: Mask, clicks: Sequence[tuple[int, int, bool]]) -> Focus:
     """Return the box around a mask and the positive clicks, widened, inside the image."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    rows, columns = extent(mask)
     kept = [(row, column) for row, column, positive in clicks if positive]
-    top, bottom = _widened([*rows[[0, -1]].tolist(), *(row for row, _ in kept)], mask.shape[0])
-    left, right = _widened([*columns[[0, -1]].tolist(), *(column for _, column in kept)], mask.shape[1])
+    top, bottom = _widened([rows.start, rows.stop - 1, *(row for row, _ in kept)], mask.shape[0])
+    left, right = _widened([columns.start, columns.stop - 1, *(column for _, column in kept)], mask.shape[1])
     return Focus(top, bottom, left, right)
 
 

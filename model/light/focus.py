@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.geometry import Fit, FloatMap, Focus
+from model.geometry import Fit, FloatMap, Focus, corners
 from model.light.ladder import OUTSIDE
 from model.light.network import LOW_RES, SIDE
 from model.types import Mask, RGBImage
@@ -98,12 +98,12 @@ def next_focus(found: FloatMap, look: Look, places: Iterable[tuple[float, float]
     if not mask.any():
         return old if held else whole
     borders = np.array([[old.left, old.top], [old.right + 1, old.bottom + 1]], np.float32)
-    extent = (corners_of(mask, look.fit) + borders[0]).clip(*borders)
-    cut = ((extent == borders) & (borders != edge)).any()  # at a border of the focus inside the photo
+    seen = (corners_of(mask, look.fit) + borders[0]).clip(*borders)
+    cut = ((seen == borders) & (borders != edge)).any()  # at a border of the focus inside the photo
     if held and not cut:
         return old
-    corners = np.concatenate([extent, wanted])
-    (left, top), (right, bottom) = corners.min(axis=0), corners.max(axis=0)
+    reached = np.concatenate([seen, wanted])
+    (left, top), (right, bottom) = reached.min(axis=0), reached.max(axis=0)
     smallest = _SMALLEST * max(1.0, max(whole.shape) / _KEPT_SIDE)
     side = max(_EXPANSION * max(bottom - top, right - left), smallest)
     focus = Focus(
@@ -122,9 +122,7 @@ def corners_of(mask: Mask, fit: Fit) -> npt.NDArray[np.float32]:
         mask: of the logits that the image fills, rows, columns.
         fit: how the image sits in the square.
     """
-    y, x = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    corners = np.array([[x[0], y[0]], [x[-1] + 1, y[-1] + 1]], np.float32) * (SIDE / LOW_RES)
-    return fit.from_square(corners)
+    return fit.from_square(corners(mask) * (SIDE / LOW_RES))
 
 
 def what_was_found(logits: FloatMap, fit: Fit) -> Mask:

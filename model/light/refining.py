@@ -12,7 +12,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from model.geometry import Fit, depth
+from model.geometry import Fit, depth, extent
 from model.light.focus import filled
 from model.light.ladder import LOGITS_PER_CELL
 from model.light.network import LOW_RES, SIDE
@@ -32,12 +32,11 @@ def around(found: Mask) -> tuple[slice, slice]:
         found: mask of the logits that the image fills, rows, columns, not empty.
     """
     sides = []
-    for axis, count in ((1, found.shape[0]), (0, found.shape[1])):
-        places = np.flatnonzero(found.any(axis=axis)) / LOGITS_PER_CELL
-        first, last, cells = places[0], places[-1] + 1 / LOGITS_PER_CELL, -(-count // LOGITS_PER_CELL)
-        half = max(_WIDER * (last - first), _FEWEST) / 2
-        middle = (first + last) / 2
-        sides.append(slice(max(0, int(middle - half)), min(cells, int(np.ceil(middle + half)))))
+    for held, count in zip(extent(found), found.shape, strict=True):
+        first, end, cells = held.start / LOGITS_PER_CELL, held.stop / LOGITS_PER_CELL, -(-count // LOGITS_PER_CELL)
+        half = max(_WIDER * (end - first), _FEWEST) / 2
+        centre = (first + end) / 2
+        sides.append(slice(max(0, int(centre - half)), min(cells, int(np.ceil(centre + half)))))
     return sides[0], sides[1]
 
 
