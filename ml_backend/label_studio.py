@@ -977,7 +977,7 @@ def region_id(
     named = [
         [ask.task_id, ask.to_name, ask.item_index, ask.uri if ask.task_id is None else None],
         [ask.click_ids, [(click.x, click.y, click.positive) for click in prompt.clicks], box],
-        [ask.level, prompt.granularity and prompt.granularity.level, granularity and granularity.level, prompt.phrase],
+        [ask.level, prompt.granularity and prompt.granularity.value, granularity and granularity.value, prompt.phrase],
         [model_version, index, part],
     ]
     return hashlib.blake2b(json.dumps(named).encode(), digest_size=8).hexdigest()

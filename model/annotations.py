@@ -129,9 +129,13 @@ class AnnotatedImage:
         """Return the root of the mask's parents, as `whole_of` does."""
         return whole_of(mask, self.by_id)
 
-    def level_of(self, mask: AnnotatedMask) -> Granularity:
-        """Return where a mask stands in its whole: its area over that of its whole, as one of ten levels."""
+    def granularity_of(self, mask: AnnotatedMask) -> Granularity:
+        """Return where a mask stands in its whole: its area over that of its whole."""
         return Granularity.from_value(min(1.0, mask.area / self.whole(mask).area))
+
+    def level_of(self, mask: AnnotatedMask) -> Granularity:
+        """Return where a mask stands in its whole as the nearest of ten levels."""
+        return Granularity(self.granularity_of(mask).level)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -8,7 +8,7 @@ so that pixel (row, column) covers [column, column + 1) x [row, row + 1).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
+from math import isclose, isfinite
 
 import numpy as np
 import numpy.typing as npt
@@ -65,9 +65,13 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Granularity:
-    """How much of the scene a click claims; GraCo learns one embedding a level."""
+    """How much of the scene a click claims: one of ten levels, for each of which GraCo learns an embedding.
 
-    level: int  # 1 a small part ... 10 the whole object
+    Or, between two of them, the share of the whole's area that the mask shall have.
+    """
+
+    level: int  # 1 a small part ... 10 the whole object; of a share, the nearest
+    share: float | None = None  # 0..1; None: it is the level itself
 
     def __post_init__(self) -> None:
         if not 1 <= self.level <= LEVELS:
@@ -78,22 +82,25 @@ class Granularity:
 
     @classmethod
     def from_value(cls, value: float) -> Granularity:
-        """Return the level of a slider value in [0, 1]: the nearest tenth, 0 counting as the finest level.
+        """Return what a slider value in [0, 1] asks for: a tenth its level, another a share; 0 is the finest level.
 
         Raises:
             Refusal: `value` is not a number in [0, 1].
 
-        >>> Granularity.from_value(0.29), Granularity.from_value(0.0)
-        (Granularity(level=3), Granularity(level=1))
+        >>> Granularity.from_value(0.3), Granularity.from_value(0.0)
+        (Granularity(level=3, share=None), Granularity(level=1, share=None))
+        >>> Granularity.from_value(0.13)
+        Granularity(level=1, share=0.13)
         """
         if not (isfinite(value) and 0 <= value <= 1):
             raise Refusal(f"granularity {value} is outside 0..1 (0 finest part, 1 whole object)")
-        return cls(max(1, round(value * 10)))
+        nearest = cls(max(1, round(value * LEVELS)))
+        return nearest if value == 0 or isclose(value, nearest.value, abs_tol=1e-6) else cls(nearest.level, value)
 
     @property
     def value(self) -> float:
-        """The level as the slider shows it, 0.1 .. 1.0."""
-        return self.level / 10
+        """As the slider shows it, 0..1."""
+        return self.level / LEVELS if self.share is None else self.share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

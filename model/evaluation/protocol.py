@@ -8,7 +8,8 @@ Protocols:
 
 - `base`: no level, no phrase, no adapter: at one click the best-scored of three masks, then the single mask.
 - `base-oracle3`: the best of those three masks by true IoU, at one click.
-- `level`: the mask's own level given (its area over that of its whole), not chosen by looking at the result.
+- `level`: the mask's own level given (its area over that of its whole), not chosen by looking at the result; and the
+  first click at the nearest of the ten levels.
 - `oracle`: all ten levels clicked side by side, each by its own robot; the best IoU and the fewest clicks count
   (GraCo, arXiv 2405.00587).
 - `fixed`: one level for every mask, 1.0 for whole objects.
@@ -181,7 +182,7 @@ class Bench:
         """Take what is measured; nothing is computed yet."""
         self.models, self.scene, self.mask, self.options = models, scene, mask, options
         self.truth = scene.truth(mask)
-        self.own = scene.image.level_of(mask)
+        self.own = scene.image.granularity_of(mask)
         first = next_click(self.truth, np.zeros_like(self.truth))
         if first is None:
             raise Refusal(f"mask {mask.id} of {scene.image.path} is empty: nothing can be clicked in it")
@@ -230,7 +231,8 @@ class Bench:
         return self._clicked(None)
 
     def _level(self) -> Row:
-        return self._clicked(self.own)
+        nearest = self.answer(self.models.adapted, granularity=Granularity(self.own.level))[1]
+        return self._clicked(self.own) | {"nearest": nearest}
 
     def _fixed(self) -> Row:
         return {"by_level": {str(level.value): self._clicked(level) for level in self.options.fixed_levels}}

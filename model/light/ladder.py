@@ -15,10 +15,13 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.geometry import FloatMap
 from model.light.network import CHANNELS, GRID, SIDE, MaskDecoder, Mlp
 from model.types import LEVELS
 
@@ -29,6 +32,8 @@ LOGITS_PER_CELL = 4
 OUTSIDE = -10.0
 """Logit of a pixel that was not looked at: surely not in the mask, and yet such as the decoder knows."""
 _WHOLE_WEIGHT = 20  # of level 1.0 beside each other level, where a ladder is made to grow: the whole hardly moves
+_PLACES = np.linspace(0, LEVELS - 1, 4 * (LEVELS - 1) + 1)  # where masks of a share are looked for: quarters of a level
+_ASTRAY = 1.0  # levels that a share's mask may lie beside where the share stands among the levels
 _LEAST_SHARE = 0.02  # of each of the base's masks in an untrained level's, so that it can still grow
 
 
@@ -161,6 +166,30 @@ def _isotonic(values: Tensor) -> Tensor:
         least = means.flip(1).cummin(dim=1).values.flip(1)  # of first .. each later one
         fitted[:, first:] = torch.maximum(fitted[:, first:], least)
     return fitted
+
+
+def between(levels: npt.NDArray[np.floating], place: float) -> FloatMap:
+    """Return logits at a place among the levels, of their 10, rows, columns: 0 is the first, 9 the last."""
+    low = min(int(place), LEVELS - 2)
+    first, second = levels[low].astype(np.float32), levels[low + 1].astype(np.float32)
+    return np.asarray(first + (second - first) * np.float32(place - low), np.float32)
+
+
+def place_of(levels: npt.NDArray[np.floating], share: float) -> float:
+    """Return where among the levels, 0 .. 9, the mask has `share` of the last one's area.
+
+    That is near where the share itself stands among tenths, one level off at most: what a click means at a level is
+    learned, and the last level is not always the whole that was meant.
+
+    Args:
+        levels: logits of a ladder's levels, 10, rows, columns, of the photo alone.
+        share: of the whole, over 0, 1 at most.
+    """
+    standing = min(max(share * LEVELS, 1), LEVELS) - 1
+    near = _PLACES[np.abs(_PLACES - standing) <= _ASTRAY]
+    areas = np.array([np.count_nonzero(between(levels, place) > 0) for place in near], np.float64)
+    shares = (areas + 1) / (np.count_nonzero(levels[LEVELS - 1] > 0) + 1)
+    return float(near[np.abs(np.log(shares / share)).argmin()])
 
 
 def placed(logits: Tensor, within: tuple[slice, slice], rows: int, columns: int) -> Tensor:

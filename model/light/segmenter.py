@@ -29,7 +29,7 @@ from model.light import focus, refining
 from model.light.adapter import LadderAdapter, load_ladder
 from model.light.encoder import EncoderRuntime, make_encoder
 from model.light.focus import Look
-from model.light.ladder import cells, fill_square, growing, placed
+from model.light.ladder import between, cells, fill_square, growing, place_of, placed
 from model.light.network import (
     BOX_BOTTOM_RIGHT,
     BOX_TOP_LEFT,
@@ -77,6 +77,11 @@ class LightState:
         """Bytes of memory it takes."""
         return self.logits.nbytes
 
+    def answer(self, prompt: Prompt) -> tuple[FloatMap, float]:
+        """Return the logits that answer `prompt`, 256, 256, and their score."""
+        token = self.token(prompt)
+        return self.logits[token], self.scores[token]
+
     def token(self, prompt: Prompt) -> int:
         """Return the mask token that answers `prompt`."""
         if prompt.granularity is not None:
@@ -94,6 +99,7 @@ class LadderState:
     scores: tuple[float, ...]  # expected IoU of each, 0..1
     look: Look
     ahead: Look | None = None  # where the next click is answered, if it is as foreseen
+    place: float | None = None  # among the levels, 0 .. 9, of what answers a share of the whole; None: not looked for
 
     @property
     def nbytes(self) -> int:
@@ -105,9 +111,19 @@ class LadderState:
         """What is encoded: where it was answered, and where the next click may be."""
         return (self.look,) if self.ahead is None else (self.look, self.ahead)
 
-    def token(self, prompt: Prompt) -> int:
-        """Return the place of the mask that answers `prompt`: its level's, else the phrase's."""
-        return LEVELS if prompt.granularity is None else prompt.granularity.level - 1
+    def answer(self, prompt: Prompt) -> tuple[FloatMap, float]:
+        """Return the logits, 256, 256, and the score of its level or share, else of the phrase."""
+        if (place := self.place_for(prompt)) is not None:
+            return between(self.logits, place), float(np.interp(place, np.arange(LEVELS), self.scores[:LEVELS]))
+        which = LEVELS if prompt.granularity is None else prompt.granularity.level - 1
+        return np.asarray(self.logits[which], np.float32), self.scores[which]
+
+    def place_for(self, prompt: Prompt) -> float | None:
+        """Return where among the levels, 0 .. 9, what answers `prompt` lies if that asks for a share, else None."""
+        if prompt.granularity is None or prompt.granularity.share is None or self.place is not None:
+            return self.place
+        height, width = focus.filled(self.look.fit)
+        return place_of(self.logits[:LEVELS, :height, :width], prompt.granularity.share)
 
     def ladder(self) -> list[int]:
         """Return the levels (0 .. 9) whose masks differ, best score first; of those alike the best stands for all."""
@@ -348,7 +364,8 @@ class LightSegmenter:
         if look.embedding is not None:  # what lies outside a focus is left out already
             inside = (click for click in prompt.clicks if click.positive or look.focus.covers(click.x, click.y))
             prompt = replace(prompt, clicks=tuple(inside))
-        return self._pass(adapter, encoded, prompt, look, previous, with_base=with_base)
+        answered = self._pass(adapter, encoded, prompt, look, previous, with_base=with_base)
+        return answered if state is None else replace(answered, place=state.place_for(prompt))
 
     def _pass(
         self,
@@ -404,18 +421,20 @@ class LightSegmenter:
         adapter = self._adapter
         if adapter is None or isinstance(state, LightState) or not prompt.clicks or not prompt.clicks[0].positive:
             return state
-        look, refined = state.look, state
+        look, refined = state.look, replace(state, place=state.place_for(prompt))
         found = _found(prompt, refined)
         if found.any() and (middle := refining.middle(found, prompt.clicks[0], look.fit)) is not None:
             centred = replace(prompt, clicks=(*prompt.clicks, middle))
             refined = self._pass(adapter, encoded, centred, look, None)
+            refined = replace(refined, place=refined.place_for(prompt))
             found = _found(prompt, refined)
         if not found.any():
             return state
         (left, top), (right, bottom) = focus.corners_of(found, look.fit).tolist()
         boxed = replace(prompt, box=Box(left=left, top=top, right=right, bottom=bottom))
-        within = refining.around(found)
+        within, place = refining.around(found), refined.place
         refined = self._pass(adapter, encoded, boxed, look, _logits_of(prompt, refined), within=within)
+        refined = replace(refined, place=place)
         row, column = refining.logit_at(prompt.clicks[0], look.fit)
         if not _logits_of(prompt, refined)[row, column] > 0:
             return state
@@ -468,27 +487,25 @@ class LightSegmenter:
         self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState, *, proposals: int = 1
     ) -> Prediction:
         """Return the chosen mask; with no level perhaps several, best first: the ladder's, or the base's."""
-        tokens: dict[int, Granularity | None]
-        if isinstance(state, LadderState):
-            if prompt.granularity is None and prompt.phrase is None:
-                levels = (state.ladder() or [LEVELS - 1])[:proposals]
-                tokens = {level: Granularity(level + 1) for level in levels}
-            else:
-                tokens = {state.token(prompt): prompt.granularity}
+        shown: list[tuple[FloatMap, float, Granularity | None]]  # logits, score, where it stands
+        open_question = prompt.granularity is None and prompt.phrase is None
+        if isinstance(state, LadderState) and open_question:
+            levels = (state.ladder() or [LEVELS - 1])[:proposals]
+            shown = [(state.logits[level], state.scores[level], Granularity(level + 1)) for level in levels]
+        elif (
+            isinstance(state, LightState)
+            and proposals > 1
+            and prompt.granularity is None
+            and state.token(prompt) != _SINGLE
+        ):
+            ranks = dict(zip(state.by_area, _RANK_LEVELS, strict=True))
+            ranked = sorted(_MULTI, key=lambda token: -state.scores[token])
+            shown = [(state.logits[token], state.scores[token], ranks[token]) for token in ranked[:proposals]]
         else:
-            chosen = state.token(prompt)
-            tokens = {chosen: prompt.granularity}
-            if proposals > 1 and prompt.granularity is None and chosen != _SINGLE:
-                ranks = dict(zip(state.by_area, _RANK_LEVELS, strict=True))
-                ranked = sorted(_MULTI, key=lambda token: -state.scores[token])
-                tokens = {token: ranks[token] for token in ranked[:proposals]}
+            shown = [(*state.answer(prompt), prompt.granularity)]
         found = [
-            Proposal(
-                mask=_map_of(encoded, state, token) > 0,
-                score=state.scores[token],
-                granularity=granularity,
-            )
-            for token, granularity in tokens.items()
+            Proposal(mask=_map_of(encoded, state, logits) > 0, score=score, granularity=granularity)
+            for logits, score, granularity in shown
         ]
         return Prediction(
             proposals=tuple(found),
@@ -521,13 +538,13 @@ class LightSegmenter:
         masks = ((one, one[0].logits[one[1], :height, :width] > 0) for one in ranked)
         pixel = min(int(click.y), encoded.height - 1), min(int(click.x), encoded.width - 1)
         for state, token in differing((one, mask) for one, mask in masks if mask[row, column]):
-            mask = _map_of(encoded, state, token) > 0
+            mask = _map_of(encoded, state, state.logits[token]) > 0
             if mask[pixel]:
                 yield Proposal(mask=mask, score=state.scores[token])
 
     def probability(self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState) -> FloatMap:
         """Return the probability map of the chosen mask."""
-        logits = _map_of(encoded, state, state.token(prompt))
+        logits = _map_of(encoded, state, state.answer(prompt)[0])
         return np.asarray(torch.from_numpy(logits).sigmoid().numpy(), np.float32)
 
 
@@ -542,7 +559,7 @@ def _found(prompt: Prompt, state: LadderState) -> Mask:
 
 def _logits_of(prompt: Prompt, state: LightState | LadderState) -> FloatMap:
     """Return the logits of the mask that answers `prompt`, 256, 256."""
-    return np.asarray(state.logits[state.token(prompt)], np.float32)
+    return state.answer(prompt)[0]
 
 
 def _previous(state: LightState | LadderState, prompt: Prompt) -> FloatMap:
@@ -550,9 +567,8 @@ def _previous(state: LightState | LadderState, prompt: Prompt) -> FloatMap:
     return _logits_of(replace(prompt, clicks=prompt.clicks[:-1]), state)
 
 
-def _map_of(encoded: Encoded, state: LightState | LadderState, token: int) -> FloatMap:
-    """Return the logits of one answer at the image's size, H, W."""
-    logits = np.asarray(state.logits[token], np.float32)
+def _map_of(encoded: Encoded, state: LightState | LadderState, logits: FloatMap) -> FloatMap:
+    """Return logits of a state, 256, 256, at the image's size, H, W."""
     if isinstance(state, LadderState):
         return focus.pasted(logits, state.look, encoded.height, encoded.width)
     return Fit(encoded.height, encoded.width, SIDE).paste_back(logits)

@@ -41,7 +41,9 @@ def test_the_first_click_is_the_middle_of_the_mask(image):
 
 
 def test_the_level_is_the_share_of_the_whole_and_an_object_is_level_ten(image):
-    assert bench(image, Painter(), "handle").own == Granularity(1)
+    own = bench(image, Painter(), "handle").own
+    handle = next(mask for mask in image.masks if mask.name == "handle")
+    assert own == Granularity(1, handle.area / image.whole(handle).area)
     assert bench(image, Painter(), "disc").own == Granularity(10)
 
 
@@ -70,6 +72,22 @@ def test_a_refused_prompt_counts_as_an_empty_mask(image, monkeypatch):
 def test_the_given_level_is_the_masks_own(image):
     assert bench(image, Painter(), "disc").run("level")["ious"] == [1.0]
     assert bench(image, Painter(), "handle").run("level")["ious"][0] > 0.9
+
+
+def test_the_nearest_of_the_ten_levels_is_clicked_once_beside_the_own_one(image, monkeypatch):
+    asked = []
+    render = Painter.render
+
+    def watched(self, encoded, prompt, *args, **options):
+        asked.append(prompt.granularity)
+        return render(self, encoded, prompt, *args, **options)
+
+    monkeypatch.setattr(Painter, "render", watched)
+    measured = bench(image, Painter(), "handle", budget=1)
+    row = measured.run("level")
+    assert set(asked) == {measured.own, Granularity(1)}
+    assert row["nearest"] > 0.9
+    assert bench(image, Painter(), "disc").run("level")["nearest"] == 1.0
 
 
 def test_a_fixed_level_is_the_same_for_every_mask(image):

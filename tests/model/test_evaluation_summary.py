@@ -47,16 +47,18 @@ def test_each_fixed_level_has_its_own_numbers():
 
 
 def test_a_gain_is_taken_over_the_masks_that_both_sides_have():
-    rows = [clicked("base", 0.3), clicked("level", 0.7), clicked("base", 0.9, mask=2)]
+    rows = [clicked("base", 0.3), clicked("level", 0.7, nearest=0.6), clicked("base", 0.9, mask=2)]
     found = figure(rows, "level given, IoU@1")
     assert (found.base, found.ours, found.count) == (0.3, 0.7, 1)
     assert found.measured == pytest.approx(0.4)
     assert found.reached
     assert found.reach == "base +0.38"
+    nearest = figure(rows, "nearest of ten levels given, IoU@1")
+    assert (nearest.measured, nearest.reached) == (pytest.approx(0.3), False)
 
 
 def test_a_figure_met_exactly_is_reached():
-    rows = [clicked("base", 0.3), clicked("level", 0.68)]
+    rows = [clicked("base", 0.3), clicked("level", 0.68, nearest=0.6)]
     assert figure(rows, "level given, IoU@1").reached
 
 

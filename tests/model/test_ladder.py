@@ -12,7 +12,16 @@ from model.adapter import read_adapter, write_adapter
 from model.geometry import Fit
 from model.light.adapter import load_ladder
 from model.light.encoder import TorchEncoder
-from model.light.ladder import LOGITS_PER_CELL, LadderDecoder, _between, cells, fill_square, growing
+from model.light.ladder import (
+    LOGITS_PER_CELL,
+    LadderDecoder,
+    _between,
+    between,
+    cells,
+    fill_square,
+    growing,
+    place_of,
+)
 from model.light.network import CHANNELS, GRID, POINT_PADDING, POINT_POSITIVE, SIDE
 from model.segmenter import BUNDLED, BUNDLED_ADAPTER
 from model.types import LEVELS, Prompt
@@ -146,3 +155,46 @@ def test_a_card_chooses_its_threshold_and_the_earlier_default_means_todays(segme
     adapter = load_ladder(path, segmenter.mask_decoder, segmenter.digest, tail)
     understood = [adapter.understood(Prompt(phrase=typed)).phrase for typed in ("desk", "sofa")]
     assert understood == [desk, sofa]
+
+
+# --- between the levels ---
+
+
+def discs(*radii: float) -> np.ndarray:
+    """Return logits of discs in the middle of 64 x 64: how far each pixel lies inside, half precision."""
+    down, across = np.mgrid[:64, :64] - 31.5
+    return np.stack([radius - np.hypot(down, across) for radius in radii]).astype(np.float16)
+
+
+def test_a_place_among_the_levels_is_theirs_at_whole_numbers_and_between_them_elsewhere():
+    levels = discs(*range(3, 33, 3))
+    for level in range(LEVELS):
+        assert np.array_equal(between(levels, level), levels[level].astype(np.float32))
+    half = between(levels, 4.5)
+    assert half.dtype == np.float32
+    assert np.allclose(half, (levels[4].astype(np.float32) + levels[5]) / 2)
+
+
+def test_of_the_masks_near_a_share_the_one_with_that_share_of_the_last_levels_area_is_found():
+    levels = discs(*(30 * np.sqrt(np.arange(1, 11) / 10)))  # level by level a tenth more of the whole
+    whole = np.count_nonzero(levels[-1] > 0)
+    for share in (0.13, 0.25, 0.38, 0.55, 0.92):
+        found = np.count_nonzero(between(levels, place_of(levels, share)) > 0) / whole
+        assert found == pytest.approx(share, abs=0.02)
+
+
+def test_a_share_is_looked_for_one_level_from_where_it_stands_at_most_and_a_larger_one_never_lies_before():
+    levels = discs(*range(21, 31))  # all much larger than they say
+    for share, standing in ((0.02, 0.0), (0.25, 1.5), (0.5, 4.0), (0.97, 8.7)):
+        assert abs(place_of(levels, share) - standing) <= 1
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        levels = discs(*np.sort(rng.uniform(1, 31, LEVELS)))
+        places = [place_of(levels, share) for share in np.linspace(0.01, 0.99, 50)]
+        assert (np.diff(places) >= 0).all()
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.05, 0.5, 0.999])
+def test_empty_levels_and_a_whole_of_nothing_have_a_place_too(share):
+    for levels in (discs(*[-1.0] * LEVELS), discs(*[-1.0] * 9, 20), discs(*[20.0] * 9, -1)):
+        assert 0 <= place_of(levels, share) <= LEVELS - 1

@@ -25,6 +25,19 @@ def test_a_slider_value_becomes_the_nearest_level(value, level):
     assert Granularity.from_value(value).level == level
 
 
+@pytest.mark.parametrize("value", [0.1, 0.2, 0.3, 0.1 + 0.2, 0.7, 0.9, 1.0])
+def test_a_tenth_is_a_level_however_it_was_computed(value):
+    assert Granularity.from_value(value) == Granularity(round(value * 10))
+    assert Granularity.from_value(value).value == round(value, 1)
+
+
+@pytest.mark.parametrize("value", [0.004, 0.13, 0.25, 0.96])
+def test_a_value_between_tenths_is_kept_as_a_share(value):
+    asked = Granularity.from_value(value)
+    assert (asked.value, asked.share) == (value, value)
+    assert asked != Granularity(asked.level)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.01, math.nan])
 def test_a_slider_value_outside_its_range_is_refused(value):
     with pytest.raises(Refusal, match=r"outside 0\.\.1"):

@@ -1,0 +1,124 @@
+"""A value between two levels is answered by the mask with that share of the whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from model.annotations import read_annotations
+from model.evaluation.protocol import random_click
+from model.light.segmenter import LightSegmenter
+from model.metrics import iou
+from model.segmenter import BUNDLED_ADAPTER, Encoded, FirstStep, Segmenter, predict, probability
+from model.types import Box, Click, Granularity, Prompt
+
+FIRST = Click(x=320, y=240, positive=True)
+
+
+@pytest.fixture(scope="module")
+def ladder(segmenter: Segmenter) -> Segmenter:
+    return segmenter.with_adapter(BUNDLED_ADAPTER)
+
+
+@pytest.fixture(scope="module")
+def encoded(segmenter: Segmenter, scene) -> Encoded:
+    return segmenter.encode(scene)
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[Prompt]:
+    """Return the prompts of the ladder's passes."""
+    seen: list[Prompt] = []
+    plain = LightSegmenter._pass
+
+    def watched(self, adapter, encoded, prompt, *args, **more):
+        seen.append(prompt)
+        return plain(self, adapter, encoded, prompt, *args, **more)
+
+    monkeypatch.setattr(LightSegmenter, "_pass", watched)
+    return seen
+
+
+def at(value: float, *more: Click) -> Prompt:
+    return Prompt(clicks=(FIRST, *more), granularity=Granularity.from_value(value))
+
+
+def area(ladder: Segmenter, encoded: Encoded, prompt: Prompt, **options) -> int:
+    return int(np.count_nonzero(predict(ladder, encoded, prompt, **options).best.mask))
+
+
+def test_the_first_pass_serves_shares_and_levels_alike_and_its_masks_grow_with_the_share(ladder, encoded, passes):
+    memo: dict = {}
+    shares = [0.02, 0.06, 0.13, 0.17, 0.25, 0.34, 0.45, 0.56, 0.67, 0.78, 0.89, 0.97]
+    areas = [area(ladder, encoded, at(share), refined=False, memo=memo) for share in shares]
+    assert len(passes) == 1
+    assert isinstance(next(iter(memo)), FirstStep)
+    assert areas == sorted(areas)
+    assert len(set(areas)) > 3
+    assert area(ladder, encoded, at(0.3), refined=False, memo=memo) == area(
+        ladder, encoded, Prompt(clicks=(FIRST,), granularity=Granularity(3)), refined=False
+    )
+
+
+def test_what_is_shown_says_the_share_and_its_score_lies_between_those_of_the_levels(ladder, encoded):
+    best = predict(ladder, encoded, at(0.25)).best
+    assert best.granularity == Granularity(2, 0.25)
+    state = ladder.step(encoded, at(0.25), None)
+    assert min(state.scores) <= best.score <= max(state.scores)
+    sure = probability(ladder, encoded, at(0.25))
+    assert np.array_equal(sure > 0.5, best.mask)
+
+
+def test_later_clicks_are_answered_where_the_first_one_was(ladder, encoded):
+    further = Click(x=250, y=200, positive=True), Click(x=420, y=330, positive=False)
+    for prompt in (at(0.25), at(0.25, *further[:1]), at(0.25, *further)):
+        memo: dict = {}
+        once = predict(ladder, encoded, prompt, memo=memo).best.mask
+        state = memo[prompt]
+        places = {one.place for key, one in memo.items() if not isinstance(key, FirstStep)}
+        assert places == {state.place}
+        assert 0.5 <= state.place <= 2.5, "a quarter stands between levels 2 and 3, at 1.5"
+        assert np.array_equal(once, predict(ladder, encoded, prompt).best.mask)
+
+
+def test_a_box_and_a_click_after_it_have_shares_too(ladder, encoded):
+    box = Box(left=180, top=120, right=500, bottom=400)
+    asked = Prompt(box=box, granularity=Granularity.from_value(0.45))
+    first = predict(ladder, encoded, asked).best
+    assert first.granularity == Granularity(4, 0.45)
+    assert first.mask.any()
+    memo: dict = {}
+    clicked = Prompt(box=box, clicks=(FIRST,), granularity=asked.granularity)
+    assert predict(ladder, encoded, clicked, memo=memo).best.mask.any()
+    assert memo[clicked].place is not None
+
+
+def test_a_share_beside_a_phrase_is_the_level_that_counts(ladder, encoded):
+    asked = Prompt(clicks=(FIRST,), granularity=Granularity.from_value(0.25), phrase="shirt")
+    assert ladder.understood(asked).phrase == "shirt"
+    best = predict(ladder, encoded, asked).best
+    assert best.granularity == asked.granularity
+    alone = predict(ladder, encoded, Prompt(clicks=(FIRST,), phrase="shirt")).best
+    assert alone.granularity is None
+
+
+def test_without_an_adapter_a_share_is_its_nearest_level(segmenter, encoded):
+    for value in (0.04, 0.25, 0.52, 0.97):
+        nearest = Prompt(clicks=(FIRST,), granularity=Granularity(Granularity.from_value(value).level))
+        answers = [predict(segmenter, encoded, prompt).best.mask for prompt in (at(value), nearest)]
+        assert np.array_equal(*answers)
+
+
+@pytest.mark.parametrize("name", ["car-parts", "ccp-person-clothing"])
+def test_a_parts_share_of_its_whole_finds_more_of_it_than_the_nearest_level(shared, ladder, name):
+    images = read_annotations(shared / "data" / name, split="val").images
+    nearest, share = [], []
+    for image in images[:: max(1, len(images) // 24)]:
+        encoded = ladder.encode(image.pixels())
+        for mask in [mask for mask in image.masks if mask.level == "part"][:3]:
+            truth = mask.mask()
+            click = random_click(truth, f"{image.path.name}/{mask.id}")
+            for found, level in ((nearest, image.level_of(mask)), (share, image.granularity_of(mask))):
+                found.append(iou(predict(ladder, encoded, Prompt(clicks=(click,), granularity=level)).best.mask, truth))
+    assert len(share) >= 40
+    assert np.mean(share) > np.mean(nearest) + 0.01, (np.mean(nearest), np.mean(share))
