@@ -832,7 +832,9 @@ def test_whatever_changes_the_answer_changes_the_id():
     ids = [region_id(ask, model_version="v1") for ask in asks]
     ids += [region_id(asks[0], model_version="v2"), region_id(asks[0], model_version="v1", index=1)]
     ids += [region_id(asks[0], model_version="v1", part=1)]
-    ids += [region_id(asks[0], model_version="v1", granularity=Granularity(3))]
+    ids += [
+        region_id(asks[0], model_version="v1", granularity=level) for level in (Granularity(3), Granularity(3, 0.32))
+    ]
     assert len(set(ids)) == len(ids)
 
 
