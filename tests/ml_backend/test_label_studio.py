@@ -632,9 +632,9 @@ TWO_PARTS = MASK.copy()
 TWO_PARTS[70:90, 150:190] = True
 
 
-def prediction(*scores: float, levels: tuple[int, ...] = ()) -> Prediction:
+def prediction(*scores: float, levels: tuple[float, ...] = ()) -> Prediction:
     proposals = [
-        Proposal(mask=MASK, score=score, granularity=Granularity(levels[i]) if levels else None)
+        Proposal(mask=MASK, score=score, granularity=Granularity.from_value(levels[i]) if levels else None)
         for i, score in enumerate(scores or (0.9,))
     ]
     return Prediction(proposals=tuple(proposals))
@@ -652,7 +652,7 @@ def write_result(ask, config, output, answered, *, model_version, shapes=None) -
     ]
 
 
-def written(ask: Ask, *scores: float, config: LabelConfig = CONFIG, levels: tuple[int, ...] = ()) -> list[dict]:
+def written(ask: Ask, *scores: float, config: LabelConfig = CONFIG, levels: tuple[float, ...] = ()) -> list[dict]:
     output = choose_output(config, ask.to_name, ask.class_label)
     return write_result(ask, config, output, prediction(*scores, levels=levels), model_version="v1")
 
@@ -772,7 +772,7 @@ def test_without_a_level_tag_the_number_tag_gets_the_level():
 
 def test_each_proposal_says_where_it_stands():
     one = click()
-    result = written(ask_of(one, number(one, 0.52)), 0.9, 0.8, 0.7, levels=(5, 1, 10))
+    result = written(ask_of(one, number(one, 0.52)), 0.9, 0.8, 0.7, levels=(0.52, 0.1, 1.0))
     assert [r["value"] for r in result if r["type"] != "brushlabels"] == [
         {"labels": ["0.5"]},
         {"number": 0.52},
@@ -788,7 +788,7 @@ def test_a_whole_image_proposal_needs_no_click():
     (batch,) = read_batch(CONFIG, TASK)
     ask = batch.sized(200, 100)
     assert (ask.prompt, ask.prompt_type, ask.task_id, ask.phrase) == (Prompt(), None, 7, None)
-    result = written(ask, 0.9, 0.8, levels=(10, 3))
+    result = written(ask, 0.9, 0.8, levels=(1.0, 0.3))
     assert [r["value"]["labels"] for r in result if r["type"] == "labels"] == [["1.0"], ["0.3"]]
 
 
