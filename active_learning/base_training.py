@@ -1,8 +1,8 @@
 """The training of the shipped adapter: from a recipe and annotated photos to one adapter file.
 
 Each stage leaves its result in the output folder and is skipped when that is there: proposals, encoded photos, the
-level branch, the phrase branch, and where the recipe says so, both once more. A run that was stopped goes on where it
-was; what was made by another recipe, of other annotations or photos, or on another base is not taken for this run's.
+level branch, the phrase branch. A run that was stopped goes on where it was; what was made by another recipe, of other
+annotations or photos, or on another base is not taken for this run's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, TrainingPhoto, photos_of, views_of
-from active_learning.train import TrainingConfig, fine_tune, load_plain, plain_state, prepare, thaw
+from active_learning.train import TrainingConfig, fine_tune, plain_state, prepare
 from active_learning.training_run import Progress, seeded
 from model.adapter import load_lora, lora_state, read_adapter, write_adapter
 from model.annotations import AnnotationSet, Level, read_annotations
@@ -68,7 +68,6 @@ class Recipe:
     sets: tuple[SetPart, ...]
     level: TrainingConfig
     phrase: TrainingConfig
-    polish: tuple[TrainingConfig, ...]  # of branches that train once more, from where they are then
     proposals: RunOptions
     smallest_view: float
     view_seed: int
@@ -92,24 +91,15 @@ class Recipe:
         """
         try:
             content = tomllib.loads(path.read_text())
-            _check(content, _RECIPE | {"polish": _TABLE}, "the recipe", needed=_RECIPE)
+            _check(content, _RECIPE, "the recipe", needed=_RECIPE)
             for part in content["sets"]:
                 _check(part, _SET, "[[sets]]", needed=["path"])
-            polish = content.get("polish", {})
-            _check(polish, _POLISH, "[polish]")
-            for branch, values in polish.items():
-                _check(values, _TRAINING_ON, f"[polish.{branch}]")
             _check(content["proposals"], _PROPOSALS, "[proposals]", needed=_PROPOSALS)
             _check(content["views"], _VIEWS, "[views]", needed=_VIEWS)
             return cls(
                 sets=tuple(SetPart(**part) for part in content["sets"]),
                 level=_config(content["level"], LEVEL, overrides),
                 phrase=_config(content["phrase"], PHRASE, overrides),
-                polish=tuple(
-                    _config(content[branch] | polish[branch], branch, overrides)
-                    for branch in (LEVEL, PHRASE)
-                    if branch in polish
-                ),
                 proposals=options_for(**content["proposals"]),
                 smallest_view=float(content["views"]["smallest"]),
                 view_seed=content["views"]["seed"],
@@ -182,7 +172,6 @@ _RECIPE = {
     "sets": _Allowed("a list of tables", partial(_is_list, kind=dict)),
     **dict.fromkeys(("proposals", "views", LEVEL, PHRASE), _TABLE),
 }
-_POLISH = dict.fromkeys((LEVEL, PHRASE), _TABLE)
 _SET = {
     **dict.fromkeys(("path", "split"), _TEXT),
     **dict.fromkeys(("share", "proposals", "phrase_share"), _WEIGHT),
@@ -206,8 +195,6 @@ _TRAINING = {
     "device": _one_of(*get_args(Device)),
 }
 """All of `TrainingConfig` but its branch."""
-_TRAINING_ON = {name: allowed for name, allowed in _TRAINING.items() if name not in ("rank", "alpha")}
-"""What may differ where a branch trains once more."""
 
 
 def train_base(
@@ -219,7 +206,7 @@ def train_base(
     embeddings: Path,
     stage: Callable[[str, int], Callable[[int, str], None]],
 ) -> Path:
-    """Train both branches, perhaps twice, and return the adapter file, OUT/light-granularity.safetensors.
+    """Train both branches and return the adapter file, OUT/light-granularity.safetensors.
 
     Args:
         recipe: what to do.
@@ -240,10 +227,8 @@ def train_base(
         "sets": [asdict(part) | {"digest": digest} for part, _, digest in sets],
     }
     out.mkdir(parents=True, exist_ok=True)  # where nothing can be written, nobody waits for encoding first
-    once = [(config.branch, config) for config in (recipe.level, recipe.phrase)]
-    again = [(f"{config.branch}-polished", config) for config in recipe.polish]
-    for name, _ in once + again:
-        _refuse_others(_stage_file(out, name), made_of)
+    for branch in (LEVEL, PHRASE):
+        _refuse_others(_branch_file(out, branch), made_of)
     files = EmbeddingFiles(embeddings, segmenter)
     state = PartialState(cpu=recipe.level.device == "cpu", timeout=_WAIT)
     with state.main_process_first():  # of several processes, the first prepares everything and the others find it
@@ -272,15 +257,11 @@ def train_base(
         matches = [vocabulary.match(name) for name in names]
         return torch.stack([match.vector for match in matches if match is not None])
 
-    def train(name: str, config: TrainingConfig) -> None:
-        folder = out / name
+    def train(config: TrainingConfig, lessons: Sequence[Group], folder: Path) -> None:
         sampler = Sampler(
-            {LEVEL: groups, PHRASE: named}[config.branch],
-            level_power=config.level_power,
-            kind_weights=config.kind_weights,
-            central=config.central,
+            lessons, level_power=config.level_power, kind_weights=config.kind_weights, central=config.central
         )
-        bar = stage(f"{name} branch", config.steps)
+        bar = stage(f"{config.branch} branch", config.steps)
 
         def report(progress: Progress) -> None:
             bar(progress.step, ", ".join(f"{name} {value:.3g}" for name, value in progress.figures.items()))
@@ -302,19 +283,17 @@ def train_base(
             each_checkpoint=look,
         )
 
-    for name, config in once + again:
-        if config.branch in branches:
-            thaw(network, config.branch)
-        else:
-            branches.append(config.branch)
-            prepare(network, config)
-        done = _stage_file(out, name)
+    for config, lessons in ((recipe.level, groups), (recipe.phrase, named)):
+        folder = out / config.branch
+        branches.append(config.branch)
+        prepare(network, config)
+        done = _branch_file(out, config.branch)
         if not done.is_file():
-            train(name, config)
+            train(config, lessons, folder)
             save(done)
         state.wait_for_everyone()
         found = read_adapter(done, base=segmenter.digest)  # as kept: a run that goes on from here does not differ
-        load_plain(network, {k: v for k, v in found.plain.items() if k != VOCABULARY})
+        network.load_state_dict({k: v for k, v in found.plain.items() if k != VOCABULARY}, strict=False)
         load_lora(network.transformer, config.branch, found.lora[config.branch])
     path = out / "light-granularity.safetensors"
     save(path)
@@ -331,12 +310,12 @@ def _read(recipe: Recipe, data: Path) -> list[Found]:
     return sets
 
 
-def _stage_file(out: Path, name: str) -> Path:
-    return out / name / "adapter.safetensors"
+def _branch_file(out: Path, branch: str) -> Path:
+    return out / branch / "adapter.safetensors"
 
 
 def _refuse_others(path: Path, made_of: dict[str, Any]) -> None:
-    """Refuse the file of a finished stage whose card says that it was made of anything else."""
+    """Refuse the file of a finished branch whose card says that it was made of anything else."""
     if path.is_file():
         card = read_adapter(path).card
         if any(card.get(name) != value for name, value in made_of.items()):

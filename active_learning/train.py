@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,9 @@ def trainable_names(network: LadderDecoder, branch: str) -> list[str]:
 
 
 def prepare(network: LadderDecoder, config: TrainingConfig) -> None:
-    """Attach a branch's LoRA as the seed draws it, and thaw what the branch trains; all else is frozen."""
+    """Freeze what stays, attach the LoRA branch as the seed draws it, and thaw what the branch trains."""
+    network.requires_grad_(False)
+    plain = trainable_names(network, config.branch)
     with seeded(config.seed):
         attach(
             network.transformer,
@@ -95,14 +97,9 @@ def prepare(network: LadderDecoder, config: TrainingConfig) -> None:
             alpha=config.alpha,
             targets=_TARGETS[config.branch],
         )
-    thaw(network, config.branch)
-
-
-def thaw(network: LadderDecoder, branch: str) -> None:
-    """Let what an attached branch trains change, and nothing else."""
-    plain, own = set(trainable_names(network, branch)), f".{branch}."
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in plain or ("lora_" in name and own in name))
+        if name in plain:
+            parameter.requires_grad_(True)
 
 
 def prepare_tail(tail: nn.Module, config: TrainingConfig) -> None:
@@ -378,11 +375,3 @@ def plain_state(network: LadderDecoder) -> dict[str, Tensor]:
     names = trainable_names(network, LEVEL) + trainable_names(network, PHRASE)
     parameters = dict(network.named_parameters())
     return {name.replace(_WRAPPED, ""): parameters[name].detach().float().cpu().clone() for name in names}
-
-
-def load_plain(network: LadderDecoder, tensors: Mapping[str, Tensor]) -> None:
-    """Set the tensors that `plain_state` returned, or some of them."""
-    parameters = {name.replace(_WRAPPED, ""): parameter for name, parameter in network.named_parameters()}
-    with torch.no_grad():
-        for name, value in tensors.items():
-            parameters[name].copy_(value)

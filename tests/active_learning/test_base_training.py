@@ -1,7 +1,6 @@
 """The training of the shipped adapter, small: from a recipe to a file that a segmenter takes."""
 
 import errno
-import itertools
 import json
 import os
 import re
@@ -68,19 +67,6 @@ alpha = 8
 checkpoint_every = 2
 log_every = 1
 """
-
-
-POLISHED = (
-    RECIPE
-    + """
-[polish.level]
-steps = 2
-refined = 1.0
-
-[polish.phrase]
-steps = 1
-"""
-)
 
 
 class Stopped(Exception):
@@ -197,66 +183,6 @@ def test_a_second_run_trains_nothing_and_gives_the_same_file(trained, segmenter,
     assert train_base(read(out), segmenter, data, out, embeddings=embeddings, stage=bars) == path
     assert bars.told == {}
     assert path.read_bytes() == before
-
-
-@pytest.fixture(scope="module")
-def polished(trained, segmenter, data, embeddings, tmp_path_factory):
-    """Return the output folder of a run that trains both branches twice, and its bars."""
-    out, bars = tmp_path_factory.mktemp("polished"), Bars()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_training, "_draw", lambda *_: None)
-        train_base(read(out, POLISHED), segmenter, data, out, embeddings=embeddings, stage=bars)
-    torch.set_num_threads(threads)
-    return out, bars
-
-
-def test_a_recipe_may_have_both_branches_trained_once_more_from_where_they_are(polished, trained, segmenter):
-    out, bars = polished
-    assert list(bars.told) == ["level branch", "phrase branch", "level-polished branch", "phrase-polished branch"]
-    assert bars.told["level-polished branch"] == [1, 2]
-    assert bars.told["phrase-polished branch"] == [1]
-    stages = [tensors(out / name / "adapter.safetensors") for name in ("phrase", "level-polished", "phrase-polished")]
-    equal(stages[0], tensors(trained[0] / "light-granularity.safetensors"))
-    moved = [
-        {name for name, value in after.items() if not torch.equal(value, before[name])}
-        for before, after in itertools.pairwise(stages)
-    ]
-    of_phrases = {name for name in stages[0] if name.startswith(("phrase", f"{PHRASE}."))}
-    assert moved[0]
-    assert moved[0].isdisjoint(of_phrases)
-    assert any(name.startswith("transformer.") for name in moved[0]), "layers that phrases wrap train and are kept, too"
-    assert any(name.startswith(f"{LEVEL}.") for name in moved[0])
-    assert moved[1]
-    assert moved[1] <= of_phrases
-    final = out / "light-granularity.safetensors"
-    equal(tensors(final), stages[2])
-    assert load_segmenter("light", WEIGHTS, adapter=final, device="cpu", encoder="exact").adapter
-
-
-def test_values_that_a_polish_leaves_out_are_the_branchs_own(tmp_path):
-    recipe = read(tmp_path, POLISHED)
-    level, phrase = recipe.polish
-    assert level == replace(recipe.level, steps=2, refined=1.0)
-    assert phrase == replace(recipe.phrase, steps=1)
-    assert read(tmp_path, RECIPE).polish == ()
-    (only,) = read(tmp_path, RECIPE + "[polish.phrase]\nsteps = 7\n").polish
-    assert only == replace(recipe.phrase, steps=7)
-
-
-@pytest.mark.parametrize("stop", [("level-polished branch", 1), ("phrase-polished branch", 1)])
-def test_a_polish_that_is_killed_goes_on_to_the_very_tensors_of_one_that_is_not(
-    polished, segmenter, data, embeddings, tmp_path, monkeypatch, stop
-):
-    monkeypatch.setattr(base_training, "_draw", lambda *_: None)
-    for name in ("level", "phrase"):
-        shutil.copytree(polished[0] / name, tmp_path / name)
-    with pytest.raises(Stopped):
-        train_base(read(tmp_path, POLISHED), segmenter, data, tmp_path, embeddings=embeddings, stage=Bars(stop))
-    torch.manual_seed(99)
-    path = train_base(read(tmp_path, POLISHED), segmenter, data, tmp_path, embeddings=embeddings, stage=Bars())
-    equal(tensors(path), tensors(polished[0] / "light-granularity.safetensors"))
 
 
 @pytest.mark.parametrize("stop", [("level branch", 3), ("phrase branch", 1), ("phrase branch", 3)])
@@ -479,20 +405,6 @@ def test_a_value_that_no_training_can_have_is_refused_by_its_name_with_what_is_a
     name = new.partition(" = ")[0]
     with pytest.raises(Refusal, match=rf"recipe\.toml .*\b{name} = .* is not allowed; give {allowed}$"):
         read(tmp_path, RECIPE.replace(old, new, 1))
-
-
-@pytest.mark.parametrize(
-    ("added", "said"),
-    [
-        ("[polish.level]\nrank = 8", r"\[polish\.level\] cannot set 'rank'"),
-        ("[polish.level]\nsteps = 0", r"steps = 0 in \[polish\.level\] is not allowed; give a whole number from 1 on"),
-        ("[polish.encoder]\nsteps = 1", r"\[polish\] cannot set 'encoder'; it may set level, phrase"),
-        ("[polish]\nlevel = 3", r"level = 3 in \[polish\] is not allowed; give a table"),
-    ],
-)
-def test_a_polish_that_is_wrong_is_refused_with_what_is_wrong(tmp_path, added, said):
-    with pytest.raises(Refusal, match=rf"recipe\.toml .*{said}"):
-        read(tmp_path, f"{RECIPE}{added}\n")
 
 
 def test_a_branch_that_is_no_table_is_refused(tmp_path):
