@@ -183,6 +183,7 @@ class Bench:
         self.models, self.scene, self.mask, self.options = models, scene, mask, options
         self.truth = scene.truth(mask)
         self.own = scene.image.granularity_of(mask)
+        self.nearest = scene.image.level_of(mask)
         first = next_click(self.truth, np.zeros_like(self.truth))
         if first is None:
             raise Refusal(f"mask {mask.id} of {scene.image.path} is empty: nothing can be clicked in it")
@@ -231,8 +232,7 @@ class Bench:
         return self._clicked(None)
 
     def _level(self) -> Row:
-        nearest = self.answer(self.models.adapted, granularity=Granularity(self.own.level))[1]
-        return self._clicked(self.own) | {"nearest": nearest}
+        return self._clicked(self.own) | {"nearest": self.answer(self.models.adapted, granularity=self.nearest)[1]}
 
     def _fixed(self) -> Row:
         return {"by_level": {str(level.value): self._clicked(level) for level in self.options.fixed_levels}}
@@ -273,6 +273,7 @@ class Bench:
         row: Row = {
             "base": self.answer(base, click=click)[1],
             "level": self.answer(adapted, click=click, granularity=self.own)[1],
+            "nearest": self.answer(adapted, click=click, granularity=self.nearest)[1],
             "unknown": [self.answer(adapted, click=click, phrase=words)[1] for words in UNKNOWN_PHRASES],
         }
         if name not in NAMELESS:

@@ -148,6 +148,7 @@ def _phrases(numbers: Sequence[Numbers]) -> Table:
         "n",
         "base",
         "level given",
+        "nearest level",
         "phrase",
         "phrase and level",
         "unknown words",
@@ -158,7 +159,7 @@ def _phrases(numbers: Sequence[Numbers]) -> Table:
             group["set"],
             group["level"],
             str(of["masks"]),
-            *(_n(of[name]) for name in ("base", "level", "phrase", "both")),
+            *(_n(of[name]) for name in ("base", "level", "nearest", "phrase", "both")),
             ", ".join(_n(value) for value in of["unknown"]),
             str(of["unnamed"]),
         )

@@ -170,7 +170,7 @@ def _phrase(group: Group, options: Options) -> Numbers:
     unnamed = len(group.of("phrase")) - len(rows)
     if not rows:
         return {}
-    means = {name: fmean(row[name] for row in rows) for name in ("base", "level", "phrase", "both")}
+    means = {name: fmean(row[name] for row in rows) for name in ("base", "level", "nearest", "phrase", "both")}
     unknown = [fmean(row["unknown"][i] for row in rows) for i in range(len(rows[0]["unknown"]))]
     return {"masks": len(rows), "unnamed": unnamed, **means, "unknown": unknown}
 
@@ -349,13 +349,14 @@ def _monotone_figures(group: Group, options: Options) -> list[Figure]:
 
 
 def _phrase_figures(group: Group) -> list[Figure | None]:
-    phrase, base, level = (
+    phrase, base, level, nearest = (
         {mask: row[side] for mask, row in group.rows.get("phrase", {}).items() if "phrase" in row}
-        for side in ("phrase", "base", "level")
+        for side in ("phrase", "base", "level", "nearest")
     )
     return [
         _gain(group, "phrase, IoU@1 at a random click", base, phrase, 0.33),
         _gain(group, "phrase, IoU@1 at a random click", level, phrase, -0.05, to="level alone"),
+        _gain(group, "phrase, IoU@1 at a random click", nearest, phrase, -0.05, to="nearest level alone"),
     ]
 
 

@@ -100,13 +100,17 @@ def test_growth_counts_objects_with_parts_only():
 
 def test_masks_without_a_name_have_no_part_in_the_phrase():
     rows = [
-        row("phrase", base=0.1, level=0.5, phrase=0.5, both=0.6, unknown=[0.1, 0.2]),
-        row("phrase", mask=2, base=0.9, level=0.9, unknown=[0.9, 0.9]),
+        row("phrase", base=0.1, level=0.5, nearest=0.6, phrase=0.5, both=0.6, unknown=[0.1, 0.2]),
+        row("phrase", mask=2, base=0.9, level=0.9, nearest=0.9, unknown=[0.9, 0.9]),
     ]
     numbers = numbers_of(groups_of(rows)[0], OPTIONS)["phrase"]
     assert (numbers["masks"], numbers["unnamed"], numbers["base"]) == (1, 1, 0.1)
     gains = [f for f in figures_of(groups_of(rows), OPTIONS) if f.what.startswith("phrase")]
-    assert [(f.reach, f.reached) for f in gains] == [("base +0.33", True), ("level alone -0.05", True)]
+    assert [(f.reach, f.reached) for f in gains] == [
+        ("base +0.33", True),
+        ("level alone -0.05", True),
+        ("nearest level alone -0.05", False),
+    ]
 
 
 def test_pairs_of_all_sets_make_one_ratio_of_seconds():
