@@ -70,7 +70,7 @@ class Granularity:
     Or, between two of them, the share of the whole's area that the mask shall have.
     """
 
-    level: int  # 1 a small part ... 10 the whole object; of a share, the nearest
+    level: int  # 1 a small part ... 10 the whole object; of a share, the nearest (of two as near, the even one)
     share: float | None = None  # 0..1; None: it is the level itself
 
     def __post_init__(self) -> None:
@@ -78,6 +78,10 @@ class Granularity:
             raise Refusal(
                 f"granularity level {self.level} is outside 1..10 (1 finest part, 10 whole object); "
                 "for a slider value such as 0.3 use Granularity.from_value(0.3)"
+            )
+        if self.share is not None and not (0 < self.share < 1 and _nearest(self.share) == self.level):
+            raise Refusal(
+                f"share {self.share} is not near level {self.level} of 1..10; use Granularity.from_value({self.share})"
             )
 
     @classmethod
@@ -94,13 +98,17 @@ class Granularity:
         """
         if not (isfinite(value) and 0 <= value <= 1):
             raise Refusal(f"granularity {value} is outside 0..1 (0 finest part, 1 whole object)")
-        nearest = cls(max(1, round(value * LEVELS)))
+        nearest = cls(_nearest(value))
         return nearest if value == 0 or isclose(value, nearest.value, abs_tol=1e-6) else cls(nearest.level, value)
 
     @property
     def value(self) -> float:
         """As the slider shows it, 0..1."""
         return self.level / LEVELS if self.share is None else self.share
+
+
+def _nearest(value: float) -> int:
+    return max(1, round(value * LEVELS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -371,13 +371,13 @@ def draw_rows(path: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
 def _sheet_row(bench: Bench) -> list[Image.Image]:
     pixels, base, adapted = bench.scene.pixels(), bench.models.base, bench.models.adapted
     name = bench.mask.name
-    cells = [draw_cell(pixels, None, bench.truth, bench.first, f"{name or bench.mask.level} {bench.own.value}")]
+    cells = [draw_cell(pixels, None, bench.truth, bench.first, f"{name or bench.mask.level} {bench.own.value:.2g}")]
 
     def show(label: str, mask: Mask, iou: float) -> None:
         cells.append(draw_cell(pixels, mask, bench.truth, bench.first, f"{label}: {iou:.2f}"))
 
     show("base", *bench.answer(base))
-    show(f"own level {bench.own.value}", *bench.answer(adapted, granularity=bench.own))
+    show(f"own level {bench.own.value:.2g}", *bench.answer(adapted, granularity=bench.own))
     if name not in NAMELESS:
         show("phrase", *bench.answer(adapted, phrase=name))
     else:

@@ -174,7 +174,7 @@ def key_of(
     if protocol in ("base", "level", "oracle", "fixed", *PAPER):
         facts["target"] = max(options.targets)
     if protocol in ("fixed", "paper-fixed"):
-        facts["levels"] = [level.level for level in options.fixed_levels]
+        facts["levels"] = [level.value for level in options.fixed_levels]
     if protocol == "levels":
         facts["support"] = options.support
         facts["proposals"] = MAX_PROPOSALS

@@ -168,14 +168,14 @@ def _isotonic(values: Tensor) -> Tensor:
     return fitted
 
 
-def between(levels: npt.NDArray[np.floating], place: float) -> FloatMap:
+def at_place(levels: npt.NDArray[np.floating], place: float) -> FloatMap:
     """Return logits at a place among the levels, of their 10, rows, columns: 0 is the first, 9 the last."""
     low = min(int(place), LEVELS - 2)
     first, second = levels[low].astype(np.float32), levels[low + 1].astype(np.float32)
     return np.asarray(first + (second - first) * np.float32(place - low), np.float32)
 
 
-def place_of(levels: npt.NDArray[np.floating], share: float) -> float:
+def place_of(levels: npt.NDArray[np.floating], share: float, *, click: tuple[int, int] | None = None) -> float:
     """Return where among the levels, 0 .. 9, the mask has `share` of the last one's area.
 
     That is near where the share itself stands among tenths, one level off at most: what a click means at a level is
@@ -184,12 +184,17 @@ def place_of(levels: npt.NDArray[np.floating], share: float) -> float:
     Args:
         levels: logits of a ladder's levels, 10, rows, columns, of the photo alone.
         share: of the whole, over 0, 1 at most.
+        click: row and column of a logit that the mask shall hold, if one does; between masks apart there may be none.
     """
     standing = min(max(share * LEVELS, 1), LEVELS) - 1
     near = _PLACES[np.abs(_PLACES - standing) <= _ASTRAY]
-    areas = np.array([np.count_nonzero(between(levels, place) > 0) for place in near], np.float64)
-    shares = (areas + 1) / (np.count_nonzero(levels[LEVELS - 1] > 0) + 1)
-    return float(near[np.abs(np.log(shares / share)).argmin()])
+    masks = [at_place(levels, place) > 0 for place in near]
+    areas = np.array([np.count_nonzero(mask) for mask in masks], np.float64)
+    misfit = np.abs(np.log((areas + 1) / (np.count_nonzero(levels[LEVELS - 1] > 0) + 1) / share))
+    for good in ([click is not None and mask[click] for mask in masks], areas > 0):
+        if np.any(good):
+            return float(near[np.where(good, misfit, np.inf).argmin()])
+    return float(near[misfit.argmin()])
 
 
 def placed(logits: Tensor, within: tuple[slice, slice], rows: int, columns: int) -> Tensor:

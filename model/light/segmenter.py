@@ -1,6 +1,7 @@
 """The `light` family as a `Segmenter`: one encoder run per image, one decoder pass per click.
 
-With an adapter a prompt with a level or a phrase goes to the ladder decoder, whose pass answers all ten levels; from
+With an adapter a prompt with a level or a phrase goes to the ladder decoder, whose pass answers all ten levels and, by
+interpolating them, the shares between (`model.light.ladder.place_of`); from
 the fourth click on it looks closer at small things (`model.light.focus`), and a first click is refined
 (`model.light.refining`). One with neither goes to the base's decoder,
 as if there were no adapter. Without an adapter a level chooses among the base's three masks (tokens 1-3) by rank of
@@ -29,7 +30,7 @@ from model.light import focus, refining
 from model.light.adapter import LadderAdapter, load_ladder
 from model.light.encoder import EncoderRuntime, make_encoder
 from model.light.focus import Look
-from model.light.ladder import between, cells, fill_square, growing, place_of, placed
+from model.light.ladder import at_place, cells, fill_square, growing, place_of, placed
 from model.light.network import (
     BOX_BOTTOM_RIGHT,
     BOX_TOP_LEFT,
@@ -114,16 +115,24 @@ class LadderState:
     def answer(self, prompt: Prompt) -> tuple[FloatMap, float]:
         """Return the logits, 256, 256, and the score of its level or share, else of the phrase."""
         if (place := self.place_for(prompt)) is not None:
-            return between(self.logits, place), float(np.interp(place, np.arange(LEVELS), self.scores[:LEVELS]))
+            return at_place(self.logits, place), float(np.interp(place, np.arange(LEVELS), self.scores[:LEVELS]))
         which = LEVELS if prompt.granularity is None else prompt.granularity.level - 1
         return np.asarray(self.logits[which], np.float32), self.scores[which]
 
     def place_for(self, prompt: Prompt) -> float | None:
-        """Return where among the levels, 0 .. 9, what answers `prompt` lies if that asks for a share, else None."""
+        """Return where among the levels, 0 .. 9, what answers `prompt` lies if that asks for a share, else None.
+
+        It is looked for once something says what is meant, and kept from then on.
+        """
         if prompt.granularity is None or prompt.granularity.share is None or self.place is not None:
             return self.place
+        if prompt.box is None and not any(click.positive for click in prompt.clicks):
+            return None
         height, width = focus.filled(self.look.fit)
-        return place_of(self.logits[:LEVELS, :height, :width], prompt.granularity.share)
+        held = None
+        if self.look.embedding is None and prompt.clicks and prompt.clicks[0].positive:
+            held = refining.logit_at(prompt.clicks[0], self.look.fit)
+        return place_of(self.logits[:LEVELS, :height, :width], prompt.granularity.share, click=held)
 
     def ladder(self) -> list[int]:
         """Return the levels (0 .. 9) whose masks differ, best score first; of those alike the best stands for all."""
@@ -303,7 +312,7 @@ class LightSegmenter:
         if self._adapter is not None and (prompt.granularity is not None or prompt.phrase is not None):
             assert not isinstance(state, LightState)
             return self._climb(self._adapter, encoded, prompt, state)
-        return self._base_step(encoded, prompt, None if state is None else _previous(state, prompt))
+        return self._base_step(encoded, prompt, None if state is None else _logits_of(_before(prompt), state))
 
     def _base_step(
         self, encoded: Encoded, prompt: Prompt, previous: FloatMap | None, *, padded: bool = True
@@ -353,19 +362,21 @@ class LightSegmenter:
         self, adapter: LadderAdapter, encoded: Encoded, prompt: Prompt, state: LadderState | None
     ) -> LadderState:
         """Return the ladder's answer to all clicks of `prompt`."""
-        with_base = prompt.granularity == _WHOLE and prompt.phrase is None and len(prompt.clicks) >= _FIRST_WITH_BASE
-        look, previous = Look(_whole(encoded)), None
+        count = len(prompt.clicks)
+        look, previous, place = Look(_whole(encoded)), None, None
         if state is not None:
-            look, previous = state.look, _previous(state, prompt)
-            if len(prompt.clicks) >= focus.FIRST_CLICK:
+            place = state.place_for(_before(prompt))
+            look, previous = state.look, _logits_of(_before(prompt), state)
+            if count >= focus.FIRST_CLICK:
                 look = self._next_look(adapter, encoded, prompt, previous, state)
             if look is not state.look:
                 previous = focus.moved(previous, state.look, look)
         if look.embedding is not None:  # what lies outside a focus is left out already
             inside = (click for click in prompt.clicks if click.positive or look.focus.covers(click.x, click.y))
             prompt = replace(prompt, clicks=tuple(inside))
-        answered = self._pass(adapter, encoded, prompt, look, previous, with_base=with_base)
-        return answered if state is None else replace(answered, place=state.place_for(prompt))
+        whole = prompt.granularity == _WHOLE or place == LEVELS - 1
+        with_base = whole and prompt.phrase is None and count >= _FIRST_WITH_BASE
+        return replace(self._pass(adapter, encoded, prompt, look, previous, with_base=with_base), place=place)
 
     def _pass(
         self,
@@ -562,9 +573,9 @@ def _logits_of(prompt: Prompt, state: LightState | LadderState) -> FloatMap:
     return state.answer(prompt)[0]
 
 
-def _previous(state: LightState | LadderState, prompt: Prompt) -> FloatMap:
-    """Return the logits that answered all clicks of `prompt` but the last, 256, 256."""
-    return _logits_of(replace(prompt, clicks=prompt.clicks[:-1]), state)
+def _before(prompt: Prompt) -> Prompt:
+    """Return `prompt` without its last click."""
+    return replace(prompt, clicks=prompt.clicks[:-1])
 
 
 def _map_of(encoded: Encoded, state: LightState | LadderState, logits: FloatMap) -> FloatMap:

@@ -13,8 +13,10 @@ from active_learning.gate import Margins, curves_of, judge, objects_of, write_ve
 from active_learning.scores import ObjectCurve, paired, scores_of
 from model.annotations import read_annotations
 from model.evaluation.protocol import Models, Scene
-from model.segmenter import BUNDLED_ADAPTER
-from model.types import Refusal
+from model.metrics import iou
+from model.robot import next_click
+from model.segmenter import BUNDLED_ADAPTER, predict
+from model.types import Granularity, Prompt, Refusal
 
 BUDGET = 10
 MARGINS = Margins(budget=BUDGET)
@@ -231,11 +233,17 @@ def test_the_robot_clicks_at_each_masks_own_level_and_gets_the_same_curves_again
         assert len({one.ious[n] for n in done}) <= 1, "later clicks hold the value"
 
 
-def test_a_level_that_the_annotator_stated_is_the_one_asked_for(objects, models):
+@pytest.mark.parametrize("value", [0.4, 0.37])
+def test_of_a_level_that_the_annotator_stated_the_nearest_key_is_pressed(objects, models, value):
     ((scene, masks),) = objects
-    stated = [replace(mask, granularity=0.4) for mask in masks[:1]]
-    (found,) = curves_of(models.adapted, [(scene, stated)], budget=1)
+    stated = replace(masks[0], granularity=value)
+    (found,) = curves_of(models.adapted, [(scene, [stated])], budget=1)
     assert found.level == 4
+    truth = scene.truth(stated)
+    middle = next_click(truth, np.zeros_like(truth))
+    assert middle is not None
+    at_its_key = predict(models.adapted, scene.encoded, Prompt(clicks=(middle,), granularity=Granularity(4)))
+    assert found.ious[0] == pytest.approx(iou(at_its_key.best.mask, truth))
 
 
 def test_a_verdict_is_kept_with_every_curve_a_drawing_and_the_objects_that_changed_most(objects, models, tmp_path):

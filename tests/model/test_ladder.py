@@ -16,7 +16,7 @@ from model.light.ladder import (
     LOGITS_PER_CELL,
     LadderDecoder,
     _between,
-    between,
+    at_place,
     cells,
     fill_square,
     growing,
@@ -169,8 +169,8 @@ def discs(*radii: float) -> np.ndarray:
 def test_a_place_among_the_levels_is_theirs_at_whole_numbers_and_between_them_elsewhere():
     levels = discs(*range(3, 33, 3))
     for level in range(LEVELS):
-        assert np.array_equal(between(levels, level), levels[level].astype(np.float32))
-    half = between(levels, 4.5)
+        assert np.array_equal(at_place(levels, level), levels[level].astype(np.float32))
+    half = at_place(levels, 4.5)
     assert half.dtype == np.float32
     assert np.allclose(half, (levels[4].astype(np.float32) + levels[5]) / 2)
 
@@ -179,7 +179,7 @@ def test_of_the_masks_near_a_share_the_one_with_that_share_of_the_last_levels_ar
     levels = discs(*(30 * np.sqrt(np.arange(1, 11) / 10)))  # level by level a tenth more of the whole
     whole = np.count_nonzero(levels[-1] > 0)
     for share in (0.13, 0.25, 0.38, 0.55, 0.92):
-        found = np.count_nonzero(between(levels, place_of(levels, share)) > 0) / whole
+        found = np.count_nonzero(at_place(levels, place_of(levels, share)) > 0) / whole
         assert found == pytest.approx(share, abs=0.02)
 
 
@@ -192,6 +192,18 @@ def test_a_share_is_looked_for_one_level_from_where_it_stands_at_most_and_a_larg
         levels = discs(*np.sort(rng.uniform(1, 31, LEVELS)))
         places = [place_of(levels, share) for share in np.linspace(0.01, 0.99, 50)]
         assert (np.diff(places) >= 0).all()
+
+
+def test_of_masks_that_lie_apart_one_that_holds_the_click_is_taken_and_never_an_empty_one():
+    down, across = np.mgrid[:64, :64]
+    apart = [8 - np.hypot(down - 16, across - 16), 9 - np.hypot(down - 44, across - 44)]
+    levels = np.stack([*apart, *(30 - np.hypot(down - 31.5, across - 31.5) for _ in range(8))]).astype(np.float16)
+    assert not (at_place(levels, 0.5) > 0).any(), "between the two there is nothing"
+    for share in (0.002, 0.02, 0.05, 0.13):
+        assert (at_place(levels, place_of(levels, share)) > 0).any()
+        for click in ((16, 16), (44, 44)):
+            assert at_place(levels, place_of(levels, share, click=click))[click] > 0
+        assert place_of(levels, share, click=(0, 63)) == place_of(levels, share), "none holds it"
 
 
 @pytest.mark.parametrize("share", [1e-9, 0.05, 0.5, 0.999])

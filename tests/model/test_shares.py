@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from model.annotations import read_annotations
 from model.evaluation.protocol import random_click
+from model.light.ladder import at_place
 from model.light.segmenter import LightSegmenter
 from model.metrics import iou
-from model.segmenter import BUNDLED_ADAPTER, Encoded, FirstStep, Segmenter, predict, probability
-from model.types import Box, Click, Granularity, Prompt
+from model.segmenter import BUNDLED_ADAPTER, Encoded, FirstStep, Segmenter, foresee, predict, probability
+from model.types import LEVELS, Box, Click, Granularity, Prompt
 
 FIRST = Click(x=320, y=240, positive=True)
 
@@ -64,7 +67,10 @@ def test_what_is_shown_says_the_share_and_its_score_lies_between_those_of_the_le
     best = predict(ladder, encoded, at(0.25)).best
     assert best.granularity == Granularity(2, 0.25)
     state = ladder.step(encoded, at(0.25), None)
-    assert min(state.scores) <= best.score <= max(state.scores)
+    place = state.place_for(at(0.25))
+    beside = state.scores[int(place)], state.scores[int(place) + 1]
+    first = predict(ladder, encoded, at(0.25), refined=False).best
+    assert min(beside) <= first.score <= max(beside)
     sure = probability(ladder, encoded, at(0.25))
     assert np.array_equal(sure > 0.5, best.mask)
 
@@ -90,16 +96,80 @@ def test_a_box_and_a_click_after_it_have_shares_too(ladder, encoded):
     memo: dict = {}
     clicked = Prompt(box=box, clicks=(FIRST,), granularity=asked.granularity)
     assert predict(ladder, encoded, clicked, memo=memo).best.mask.any()
-    assert memo[clicked].place is not None
+    (opened,) = (state for key, state in memo.items() if isinstance(key, FirstStep))
+    assert memo[clicked].place == opened.place_for(asked)
 
 
 def test_a_share_beside_a_phrase_is_the_level_that_counts(ladder, encoded):
     asked = Prompt(clicks=(FIRST,), granularity=Granularity.from_value(0.25), phrase="shirt")
     assert ladder.understood(asked).phrase == "shirt"
-    best = predict(ladder, encoded, asked).best
+    memo: dict = {}
+    best = predict(ladder, encoded, asked, memo=memo).best
     assert best.granularity == asked.granularity
-    alone = predict(ladder, encoded, Prompt(clicks=(FIRST,), phrase="shirt")).best
-    assert alone.granularity is None
+    state = memo[asked]
+    assert np.array_equal(state.answer(asked)[0], at_place(state.logits, state.place))
+    alone = Prompt(clicks=(FIRST,), phrase="shirt")
+    assert predict(ladder, encoded, alone, memo=memo).best.granularity is None
+    assert np.array_equal(memo[alone].answer(alone)[0], memo[alone].logits[LEVELS].astype(np.float32))
+    assert not np.array_equal(best.mask, predict(ladder, encoded, alone).best.mask)
+
+
+def test_a_place_is_looked_for_once_a_positive_click_says_what_is_meant(ladder, encoded):
+    out = Click(x=600, y=20, positive=False)
+    asked = Prompt(clicks=(out, FIRST), granularity=Granularity.from_value(0.25))
+    memo: dict = {}
+    assert predict(ladder, encoded, asked, memo=memo).best.mask.any()
+    assert memo[asked].place is None
+    more = replace(asked, clicks=(*asked.clicks, Click(x=250, y=200, positive=True)))
+    predict(ladder, encoded, more, memo=memo)
+    assert memo[more].place == memo[asked].place_for(asked)
+
+
+def test_where_refining_falls_back_the_place_is_that_of_the_first_pass(ladder, encoded, monkeypatch):
+    plain = LightSegmenter._pass
+
+    def lost(self, adapter, encoded, prompt, *args, **more):
+        state = plain(self, adapter, encoded, prompt, *args, **more)
+        return state if prompt.box is None else replace(state, logits=np.full_like(state.logits, -1))
+
+    monkeypatch.setattr(LightSegmenter, "_pass", lost)
+    first = predict(ladder, encoded, at(0.25), refined=False).best
+    assert first.mask.any()
+    assert np.array_equal(predict(ladder, encoded, at(0.25)).best.mask, first.mask)
+
+
+@pytest.mark.parametrize(("place", "by_base"), [(9.0, True), (8.75, False)])
+def test_the_base_has_a_say_in_later_clicks_where_the_share_is_the_last_levels(
+    ladder, encoded, monkeypatch, place, by_base
+):
+    asked = []
+    plain = LightSegmenter._pass
+
+    def watched(self, *args, with_base=False, **more):
+        asked.append(with_base)
+        return plain(self, *args, with_base=with_base, **more)
+
+    monkeypatch.setattr(LightSegmenter, "_pass", watched)
+    monkeypatch.setattr("model.light.segmenter.place_of", lambda *_, **__: place)
+    more = Click(x=250, y=200, positive=True), Click(x=400, y=300, positive=True)
+    predict(ladder, encoded, at(0.97, *more))
+    assert asked[-1] == by_base
+    assert not any(asked[:-1])
+
+
+def test_a_fourth_click_in_a_focus_is_the_same_foreseen_or_not(ladder, encoded):
+    clicks = [
+        Click(x=x, y=y, positive=positive) for x, y, positive in ((325, 240, True), (330, 250, True), (300, 200, False))
+    ]
+    three, four = at(0.05, *clicks[:2]), at(0.05, *clicks)
+    memo: dict = {}
+    predict(ladder, encoded, three, memo=memo)
+    make = foresee(ladder, encoded, three, memo)
+    if make is not None:
+        make()
+    found = predict(ladder, encoded, four, memo=memo).best.mask
+    assert np.array_equal(found, predict(ladder, encoded, four).best.mask)
+    assert memo[four].place == memo[three].place
 
 
 def test_without_an_adapter_a_share_is_its_nearest_level(segmenter, encoded):

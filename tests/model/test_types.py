@@ -38,6 +38,12 @@ def test_a_value_between_tenths_is_kept_as_a_share(value):
     assert asked != Granularity(asked.level)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.9, -0.3, math.nan, math.inf])
+def test_a_share_that_is_not_near_its_level_is_refused(share):
+    with pytest.raises(Refusal, match="not near level 3"):
+        Granularity(3, share)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.01, math.nan])
 def test_a_slider_value_outside_its_range_is_refused(value):
     with pytest.raises(Refusal, match=r"outside 0\.\.1"):
