@@ -502,7 +502,8 @@ class LightSegmenter:
         open_question = prompt.granularity is None and prompt.phrase is None
         if isinstance(state, LadderState) and open_question:
             levels = (state.ladder() or [LEVELS - 1])[:proposals]
-            shown = [(state.logits[level], state.scores[level], Granularity(level + 1)) for level in levels]
+            of_levels = [Prompt(granularity=Granularity(level + 1)) for level in levels]
+            shown = [(*state.answer(one), one.granularity) for one in of_levels]
         elif (
             isinstance(state, LightState)
             and proposals > 1

@@ -22,7 +22,7 @@ from model.light.ladder import OUTSIDE
 from model.light.network import LOW_RES, SIDE
 from model.light.segmenter import LadderState, LightState
 from model.metrics import iou
-from model.segmenter import BUNDLED_ADAPTER, Encoded, FirstStep, Segmenter, foresee, predict
+from model.segmenter import Encoded, FirstStep, Segmenter, foresee, predict
 from model.types import Box, Click, Granularity, Mask, Prediction, Prompt, RGBImage
 from tests.conftest import lawn
 
@@ -326,11 +326,6 @@ class Journey:
 
     def state(self, clicks: int = 5) -> LadderState:
         return self.memo[self.prompt(clicks)]
-
-
-@pytest.fixture(scope="module")
-def ladder(segmenter: Segmenter) -> Segmenter:
-    return segmenter.with_adapter(BUNDLED_ADAPTER)
 
 
 @pytest.fixture(scope="module")

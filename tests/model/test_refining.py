@@ -16,7 +16,7 @@ from model.light.ladder import LOGITS_PER_CELL, OUTSIDE, placed
 from model.light.network import LOW_RES, SIDE
 from model.light.segmenter import LadderState, LightSegmenter
 from model.metrics import iou
-from model.segmenter import BUNDLED_ADAPTER, Encoded, FirstStep, Segmenter, predict
+from model.segmenter import Encoded, FirstStep, Segmenter, predict
 from model.types import Box, Click, Granularity, Mask, Prompt
 
 FIT = Fit(480, 640, SIDE)
@@ -31,11 +31,6 @@ def blank() -> Mask:
 def at(column: float, row: float) -> Click:
     """Return a click on the image in the middle of a logit."""
     return Click(x=(column + 0.5) * SCALE, y=(row + 0.5) * SCALE, positive=True)
-
-
-@pytest.fixture(scope="module")
-def ladder(segmenter: Segmenter) -> Segmenter:
-    return segmenter.with_adapter(BUNDLED_ADAPTER)
 
 
 @pytest.fixture(scope="module")
@@ -118,20 +113,6 @@ def test_what_was_not_read_again_lies_outside():
 
 
 # --- when the decoder is asked again ---
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
-    """What is asked with every pass of the ladder."""
-    prompts: list[Prompt] = []
-    original = LightSegmenter._pass
-
-    def noted(self, adapter, encoded, prompt, *rest, **chosen):
-        prompts.append(prompt)
-        return original(self, adapter, encoded, prompt, *rest, **chosen)
-
-    monkeypatch.setattr(LightSegmenter, "_pass", noted)
-    return prompts
 
 
 def test_a_click_in_the_middle_takes_two_passes_and_one_beside_it_three(ladder, encoded, asked):

@@ -22,12 +22,6 @@ def encoded(segmenter, scene) -> Encoded:
 
 
 @pytest.fixture(scope="module")
-def ladder(segmenter):
-    """The bundled model with the bundled adapter."""
-    return segmenter.with_adapter(ADAPTER)
-
-
-@pytest.fixture(scope="module")
 def name() -> str:
     """A name of the adapter's vocabulary."""
     return read_adapter(ADAPTER).card["vocabulary"][0]

@@ -12,34 +12,15 @@ from model.evaluation.protocol import random_click
 from model.light.ladder import at_place
 from model.light.segmenter import LightSegmenter
 from model.metrics import iou
-from model.segmenter import BUNDLED_ADAPTER, Encoded, FirstStep, Segmenter, foresee, predict, probability
+from model.segmenter import Encoded, FirstStep, Segmenter, foresee, predict, probability
 from model.types import LEVELS, Box, Click, Granularity, Prompt
 
 FIRST = Click(x=320, y=240, positive=True)
 
 
 @pytest.fixture(scope="module")
-def ladder(segmenter: Segmenter) -> Segmenter:
-    return segmenter.with_adapter(BUNDLED_ADAPTER)
-
-
-@pytest.fixture(scope="module")
 def encoded(segmenter: Segmenter, scene) -> Encoded:
     return segmenter.encode(scene)
-
-
-@pytest.fixture
-def passes(monkeypatch) -> list[Prompt]:
-    """Return the prompts of the ladder's passes."""
-    seen: list[Prompt] = []
-    plain = LightSegmenter._pass
-
-    def watched(self, adapter, encoded, prompt, *args, **more):
-        seen.append(prompt)
-        return plain(self, adapter, encoded, prompt, *args, **more)
-
-    monkeypatch.setattr(LightSegmenter, "_pass", watched)
-    return seen
 
 
 def at(value: float, *more: Click) -> Prompt:
@@ -50,11 +31,11 @@ def area(ladder: Segmenter, encoded: Encoded, prompt: Prompt, **options) -> int:
     return int(np.count_nonzero(predict(ladder, encoded, prompt, **options).best.mask))
 
 
-def test_the_first_pass_serves_shares_and_levels_alike_and_its_masks_grow_with_the_share(ladder, encoded, passes):
+def test_the_first_pass_serves_shares_and_levels_alike_and_its_masks_grow_with_the_share(ladder, encoded, asked):
     memo: dict = {}
     shares = [0.02, 0.06, 0.13, 0.17, 0.25, 0.34, 0.45, 0.56, 0.67, 0.78, 0.89, 0.97]
     areas = [area(ladder, encoded, at(share), refined=False, memo=memo) for share in shares]
-    assert len(passes) == 1
+    assert len(asked) == 1
     assert isinstance(next(iter(memo)), FirstStep)
     assert areas == sorted(areas)
     assert len(set(areas)) > 3
