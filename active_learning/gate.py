@@ -162,7 +162,7 @@ def curves_of(
 def _level(scene: Scene, mask: AnnotatedMask) -> Granularity:
     """Return the level whose key an annotator presses for a mask: the nearest to what is stated, else to its share."""
     stated = mask.granularity
-    return scene.image.level_of(mask) if stated is None else Granularity(Granularity.from_value(stated).level)
+    return scene.image.level_of(mask) if stated is None else Granularity.from_value(stated)
 
 
 def _key(scene: Scene, mask: AnnotatedMask) -> str:

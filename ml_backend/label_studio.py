@@ -186,7 +186,7 @@ def read_ask(config: LabelConfig, task: Json, context: Json | None) -> Ask | Non
         prompt=Prompt(
             clicks=tuple(_click(group, width, height) for group in clicks),
             box=_box(boxes[0], width, height) if boxes else None,
-            granularity=None if level.value is None else Granularity.from_value(level.value),
+            granularity=_granularity(level),
             phrase=_phrase(config, groups),
         ),
         width=width,
@@ -723,6 +723,14 @@ def _level(config: LabelConfig, groups: Sequence[_Group], task: Json) -> _Level:
     return _Level(None, None) if drafted is None else _Level(drafted, "draft")
 
 
+def _granularity(level: _Level) -> Granularity | None:
+    """Return what a level asks for: of a number tag a share of the whole, of a label one of the ten levels."""
+    if level.value is None:
+        return None
+    numbered = level.source in ("number", "draft")
+    return Granularity.from_share(level.value) if numbered else Granularity.from_value(level.value)
+
+
 def _attributes(config: LabelConfig) -> dict[tuple[str, str], float]:
     """Return the `graco` attributes of class labels, by tag and label."""
     tags = [(tag.name, tag.labels) for tag in config.prompts] + [(tag.name, tag.labels) for tag in config.classes]
@@ -977,7 +985,7 @@ def region_id(
     named = [
         [ask.task_id, ask.to_name, ask.item_index, ask.uri if ask.task_id is None else None],
         [ask.click_ids, [(click.x, click.y, click.positive) for click in prompt.clicks], box],
-        [ask.level, prompt.granularity and prompt.granularity.value, granularity and granularity.value, prompt.phrase],
+        [ask.level, *(one and (one.level, one.share) for one in (prompt.granularity, granularity)), prompt.phrase],
         [model_version, index, part],
     ]
     return hashlib.blake2b(json.dumps(named).encode(), digest_size=8).hexdigest()

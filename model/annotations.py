@@ -131,7 +131,7 @@ class AnnotatedImage:
 
     def granularity_of(self, mask: AnnotatedMask) -> Granularity:
         """Return where a mask stands in its whole: its area over that of its whole."""
-        return Granularity.from_value(min(1.0, mask.area / self.whole(mask).area))
+        return Granularity.from_share(min(1.0, mask.area / self.whole(mask).area))
 
     def level_of(self, mask: AnnotatedMask) -> Granularity:
         """Return where a mask stands in its whole as the nearest of ten levels."""

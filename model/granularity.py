@@ -2,7 +2,7 @@
 
 Source: the mask granularity estimator of GraCo (Zhao et al., CVPR 2024, section on any-granularity mask generation).
 A mask's granularity is half its scale, half its semantic share, both in 0..1: 0 a small part, 1 the whole object.
-`model.types.Granularity.from_value` takes it: tenths are levels, other values shares.
+`model.types.Granularity.from_value` makes one of the ten levels of it.
 """
 
 from __future__ import annotations

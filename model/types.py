@@ -8,7 +8,7 @@ so that pixel (row, column) covers [column, column + 1) x [row, row + 1).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isclose, isfinite
+from math import isfinite
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +67,7 @@ class Box:
 class Granularity:
     """How much of the scene a click claims: one of ten levels, for each of which GraCo learns an embedding.
 
-    Or, between two of them, the share of the whole's area that the mask shall have.
+    Or the share of the whole's area that the mask shall have, which may lie between two of them.
     """
 
     level: int  # 1 a small part ... 10 the whole object; of a share, the nearest (of two as near, the even one)
@@ -81,25 +81,35 @@ class Granularity:
             )
         if self.share is not None and not (0 < self.share < 1 and _nearest(self.share) == self.level):
             raise Refusal(
-                f"share {self.share} is not near level {self.level} of 1..10; use Granularity.from_value({self.share})"
+                f"share {self.share} is not near level {self.level} of 1..10; use Granularity.from_share({self.share})"
             )
 
     @classmethod
     def from_value(cls, value: float) -> Granularity:
-        """Return what a slider value in [0, 1] asks for: a tenth its level, another a share; 0 is the finest level.
+        """Return the level of a value in [0, 1]: the nearest tenth, 0 counting as the finest level.
 
         Raises:
             Refusal: `value` is not a number in [0, 1].
 
-        >>> Granularity.from_value(0.3), Granularity.from_value(0.0)
-        (Granularity(level=3, share=None), Granularity(level=1, share=None))
-        >>> Granularity.from_value(0.13)
-        Granularity(level=1, share=0.13)
+        >>> Granularity.from_value(0.29).level, Granularity.from_value(0.0).level
+        (3, 1)
         """
         if not (isfinite(value) and 0 <= value <= 1):
             raise Refusal(f"granularity {value} is outside 0..1 (0 finest part, 1 whole object)")
-        nearest = cls(_nearest(value))
-        return nearest if value == 0 or isclose(value, nearest.value, abs_tol=1e-6) else cls(nearest.level, value)
+        return cls(_nearest(value))
+
+    @classmethod
+    def from_share(cls, value: float) -> Granularity:
+        """Return a share in [0, 1] of the whole; 0 is the finest level, 1 the whole.
+
+        Raises:
+            Refusal: `value` is not a number in [0, 1].
+
+        >>> Granularity.from_share(0.13)
+        Granularity(level=1, share=0.13)
+        """
+        nearest = cls.from_value(value)
+        return nearest if value in (0, 1) else cls(nearest.level, value)
 
     @property
     def value(self) -> float:

@@ -273,7 +273,7 @@ def test_the_level_of_a_part_of_a_part_is_its_share_of_the_whole_as_the_shipped_
     assert (pane.parent_id, window.parent_id, door.parent_id) == (window.id, door.id, None)
     assert pane.granularity == pytest.approx(pane.area / door.area)
     assert pane.granularity < 0.5 * pane.area / window.area
-    assert Granularity.from_value(pane.granularity) == image.granularity_of(pane)
+    assert Granularity.from_share(pane.granularity) == image.granularity_of(pane)
 
 
 def test_what_two_tasks_or_projects_drew_on_one_photo_counts_once(place):

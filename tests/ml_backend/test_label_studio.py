@@ -145,7 +145,8 @@ def test_a_recorded_request_is_read(fixture, clicks, granularity, source, label)
         source,
         label,
     )
-    assert ask.prompt.granularity == Granularity.from_value(granularity)
+    make = Granularity.from_share if source == "number" else Granularity.from_value
+    assert ask.prompt.granularity == make(granularity)
     assert (ask.width, ask.height) == (451, 300)
     assert ask.uri == recorded(fixture)["tasks"][0]["data"]["image"]
     assert ask.task_id == recorded(fixture)["tasks"][0]["id"]
@@ -634,7 +635,7 @@ TWO_PARTS[70:90, 150:190] = True
 
 def prediction(*scores: float, levels: tuple[float, ...] = ()) -> Prediction:
     proposals = [
-        Proposal(mask=MASK, score=score, granularity=Granularity.from_value(levels[i]) if levels else None)
+        Proposal(mask=MASK, score=score, granularity=Granularity.from_share(levels[i]) if levels else None)
         for i, score in enumerate(scores or (0.9,))
     ]
     return Prediction(proposals=tuple(proposals))
@@ -833,7 +834,7 @@ def test_whatever_changes_the_answer_changes_the_id():
     ids += [region_id(asks[0], model_version="v2"), region_id(asks[0], model_version="v1", index=1)]
     ids += [region_id(asks[0], model_version="v1", part=1)]
     ids += [
-        region_id(asks[0], model_version="v1", granularity=level) for level in (Granularity(3), Granularity(3, 0.32))
+        region_id(asks[0], model_version="v1", granularity=level) for level in (Granularity(3), Granularity(3, 0.3))
     ]
     assert len(set(ids)) == len(ids)
 

@@ -117,7 +117,7 @@ def test_only_what_matters_to_a_protocol_changes_its_rows(folder):
     assert changed(Options(seed=1)) == {"phrase"}
     assert changed(Options(support=2)) == {"levels"}
     assert changed(Options(fixed_levels=(Granularity(5),))) == {"fixed"}
-    near = [Options(fixed_levels=(Granularity.from_value(value),)) for value in (0.2, 0.22, 0.25)]
+    near = [Options(fixed_levels=(Granularity.from_share(value),)) for value in (0.2, 0.22, 0.25)]
     assert len({keys(options)["fixed"] for options in near}) == len(near)
     assert changed(Options(targets=(0.85,))) == {"base", "level", "oracle", "fixed"}
     assert changed(Options(budget=3)) == {"base", "level", "oracle", "fixed", "curve"}

@@ -25,17 +25,18 @@ def test_a_slider_value_becomes_the_nearest_level(value, level):
     assert Granularity.from_value(value).level == level
 
 
-@pytest.mark.parametrize("value", [0.1, 0.2, 0.3, 0.1 + 0.2, 0.7, 0.9, 1.0])
-def test_a_tenth_is_a_level_however_it_was_computed(value):
-    assert Granularity.from_value(value) == Granularity(round(value * 10))
-    assert Granularity.from_value(value).value == round(value, 1)
-
-
-@pytest.mark.parametrize("value", [0.004, 0.13, 0.25, 0.96])
-def test_a_value_between_tenths_is_kept_as_a_share(value):
-    asked = Granularity.from_value(value)
+@pytest.mark.parametrize("value", [0.004, 0.13, 0.25, 0.3, 0.96])
+def test_a_share_is_kept_beside_its_nearest_level(value):
+    asked = Granularity.from_share(value)
     assert (asked.value, asked.share) == (value, value)
+    assert asked.level == Granularity.from_value(value).level
     assert asked != Granularity(asked.level)
+
+
+def test_all_and_nothing_of_the_whole_are_its_last_and_its_first_level():
+    assert (Granularity.from_share(1.0), Granularity.from_share(0)) == (Granularity(10), Granularity(1))
+    with pytest.raises(Refusal, match=r"outside 0\.\.1"):
+        Granularity.from_share(1.2)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.9, -0.3, math.nan, math.inf])
