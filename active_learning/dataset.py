@@ -23,7 +23,7 @@ from torch import Tensor
 from model.annotations import AnnotatedImage, AnnotatedMask, AnnotationSet
 from model.embeddings import EmbeddingFolder
 from model.geometry import Fit
-from model.light.ladder import LOGITS_PER_CELL, cells
+from model.light.ladder import LOGITS_PER_CELL, cells, standing
 from model.light.network import SIDE
 from model.segmenter import Encoded, Segmenter
 from model.types import LEVELS, Mask, Refusal, RGBImage
@@ -255,7 +255,7 @@ def soft_levels(share: float) -> list[tuple[int, float]]:
     >>> soft_levels(1.0), soft_levels(0.02), [(i, round(w, 2)) for i, w in soft_levels(0.34)]
     ([(9, 1.0)], [(0, 1.0)], [(2, 0.6), (3, 0.4)])
     """
-    place = min(max(share * LEVELS, 1.0), float(LEVELS)) - 1  # 0 .. 9
+    place = standing(share)
     low = int(place)
     upper = place - low
     return [(low, 1 - upper)] + ([(low + 1, upper)] if upper > 0 else [])

@@ -77,7 +77,7 @@ class Granularity:
         if not 1 <= self.level <= LEVELS:
             raise Refusal(
                 f"granularity level {self.level} is outside 1..10 (1 finest part, 10 whole object); "
-                "for a slider value such as 0.3 use Granularity.from_value(0.3)"
+                "for a value such as 0.3 use Granularity.from_value(0.3)"
             )
         if self.share is not None and not (0 < self.share < 1 and _nearest(self.share) == self.level):
             raise Refusal(

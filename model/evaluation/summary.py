@@ -270,7 +270,6 @@ _PARTS = ("ccp-person-clothing", "car-parts", "bsds500-granularity")
 _OBJECTS = ("coco-mval", "coco128-seg", "penn-fudan")
 _COVERED = ("bsds500-granularity", "ccp-person-clothing")
 _PHRASED = ("ccp-person-clothing",)
-_NEAREST = "nearest of ten levels given"
 _LEVEL_GAIN = dict(zip(_PARTS, (0.38, 0.22, 0.18), strict=True))
 _ORACLE_GAIN = dict(zip(_PARTS, (0.04, 0.0, 0.0), strict=True))
 _ORACLE_CLICKS = dict(zip(_PARTS, (0.65, 0.85, 0.85), strict=True))
@@ -303,10 +302,11 @@ def figures_of(groups: Sequence[Group], options: Options) -> list[Figure]:
 def _part_figures(group: Group, options: Options) -> list[Figure | None]:
     base, oracle, clicks = group.values("base", _first), group.values("oracle", _first), _penalised(0.85, options)
     three = group.values("base-oracle3", lambda row: max(row["ious"]))
+    nearest = group.values("level", itemgetter("nearest"))
     name = group.set_name
     return [
         _gain(group, "level given, IoU@1", base, group.values("level", _first), _LEVEL_GAIN[name]),
-        _gain(group, f"{_NEAREST}, IoU@1", base, group.values("level", itemgetter("nearest")), _LEVEL_GAIN[name]),
+        _gain(group, "nearest of ten levels given, IoU@1", base, nearest, _LEVEL_GAIN[name]),
         _gain(group, "oracle level, IoU@1", three, oracle, _ORACLE_GAIN[name], to="best of three"),
         _times(
             group,

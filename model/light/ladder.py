@@ -168,6 +168,15 @@ def _isotonic(values: Tensor) -> Tensor:
     return fitted
 
 
+def standing(share: float) -> float:
+    """Return where a share of the whole, 0 .. 1, stands among the levels' tenths: 0 the first .. 9 the last.
+
+    >>> standing(0.02), standing(0.25), standing(1.0)
+    (0.0, 1.5, 9.0)
+    """
+    return min(max(share * LEVELS, 1.0), float(LEVELS)) - 1
+
+
 def at_place(levels: npt.NDArray[np.floating], place: float) -> FloatMap:
     """Return logits at a place among the levels, of their 10, rows, columns: 0 is the first, 9 the last."""
     low = min(int(place), LEVELS - 2)
@@ -186,8 +195,7 @@ def place_of(levels: npt.NDArray[np.floating], share: float, *, click: tuple[int
         share: of the whole, over 0, 1 at most.
         click: row and column of a logit that the mask shall hold, if one does; between masks apart there may be none.
     """
-    standing = min(max(share * LEVELS, 1), LEVELS) - 1
-    near = _PLACES[np.abs(_PLACES - standing) <= _ASTRAY]
+    near = _PLACES[np.abs(_PLACES - standing(share)) <= _ASTRAY]
     masks = [at_place(levels, place) > 0 for place in near]
     areas = np.array([np.count_nonzero(mask) for mask in masks], np.float64)
     misfit = np.abs(np.log((areas + 1) / (np.count_nonzero(levels[LEVELS - 1] > 0) + 1) / share))

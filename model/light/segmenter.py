@@ -116,8 +116,15 @@ class LadderState:
         """Return the logits, 256, 256, and the score of its level or share, else of the phrase."""
         if (place := self.place_for(prompt)) is not None:
             return at_place(self.logits, place), float(np.interp(place, np.arange(LEVELS), self.scores[:LEVELS]))
-        which = LEVELS if prompt.granularity is None else prompt.granularity.level - 1
-        return np.asarray(self.logits[which], np.float32), self.scores[which]
+        return self.at(LEVELS if prompt.granularity is None else prompt.granularity.level - 1)
+
+    def at(self, index: int) -> tuple[FloatMap, float]:
+        """Return the logits, 256, 256, and the score of a level, 0 .. 9, or of the phrase, 10."""
+        return np.asarray(self.logits[index], np.float32), self.scores[index]
+
+    def settled(self, prompt: Prompt) -> LadderState:
+        """Return the state with the place of what answers `prompt`, if that asks for a share."""
+        return replace(self, place=self.place_for(prompt))
 
     def place_for(self, prompt: Prompt) -> float | None:
         """Return where among the levels, 0 .. 9, what answers `prompt` lies if that asks for a share, else None.
@@ -365,8 +372,8 @@ class LightSegmenter:
         count = len(prompt.clicks)
         look, previous, place = Look(_whole(encoded)), None, None
         if state is not None:
-            place = state.place_for(_before(prompt))
-            look, previous = state.look, _logits_of(_before(prompt), state)
+            state = state.settled(_before(prompt))
+            look, previous, place = state.look, _logits_of(_before(prompt), state), state.place
             if count >= focus.FIRST_CLICK:
                 look = self._next_look(adapter, encoded, prompt, previous, state)
             if look is not state.look:
@@ -432,12 +439,11 @@ class LightSegmenter:
         adapter = self._adapter
         if adapter is None or isinstance(state, LightState) or not prompt.clicks or not prompt.clicks[0].positive:
             return state
-        look, refined = state.look, replace(state, place=state.place_for(prompt))
+        look, refined = state.look, state.settled(prompt)
         found = _found(prompt, refined)
         if found.any() and (middle := refining.middle(found, prompt.clicks[0], look.fit)) is not None:
             centred = replace(prompt, clicks=(*prompt.clicks, middle))
-            refined = self._pass(adapter, encoded, centred, look, None)
-            refined = replace(refined, place=refined.place_for(prompt))
+            refined = self._pass(adapter, encoded, centred, look, None).settled(prompt)
             found = _found(prompt, refined)
         if not found.any():
             return state
@@ -502,8 +508,7 @@ class LightSegmenter:
         open_question = prompt.granularity is None and prompt.phrase is None
         if isinstance(state, LadderState) and open_question:
             levels = (state.ladder() or [LEVELS - 1])[:proposals]
-            of_levels = [Prompt(granularity=Granularity(level + 1)) for level in levels]
-            shown = [(*state.answer(one), one.granularity) for one in of_levels]
+            shown = [(*state.at(level), Granularity(level + 1)) for level in levels]
         elif (
             isinstance(state, LightState)
             and proposals > 1

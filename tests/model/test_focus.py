@@ -343,9 +343,9 @@ def encoded(segmenter: Segmenter, far: RGBImage) -> Encoded:
     return segmenter.encode(far)
 
 
-@pytest.fixture(scope="module", params=[5, 10])
+@pytest.fixture(scope="module", params=[Granularity(5), Granularity(10), Granularity.from_share(0.95)], ids=str)
 def journey(request: pytest.FixtureRequest, ladder: Segmenter, encoded: Encoded) -> Journey:
-    level, memo = Granularity(request.param), {}
+    level, memo = request.param, {}
     answers, encodings = [], []
     with pytest.MonkeyPatch.context() as patch:
         calls = counted(patch)
@@ -403,7 +403,7 @@ def test_a_state_in_a_focus_weighs_its_embedding_too(journey):
     assert journey.state(5).look.embedding is closer.look.embedding
 
 
-@pytest.mark.parametrize("journey", [10], indirect=True)
+@pytest.mark.parametrize("journey", [Granularity(10)], indirect=True)
 def test_a_cold_memo_gives_the_answer_of_a_warm_one_in_a_focus(journey, ladder, encoded):
     cold = predict(ladder, encoded, journey.prompt()).best
     warm = journey.answers[4].best
@@ -590,7 +590,7 @@ def test_negative_clicks_outside_the_focus_do_not_silence_the_base(ladder, encod
     assert memo[prompt].look.embedding is not None, "the fourth is answered in a focus, and these lie outside"
 
 
-@pytest.mark.parametrize("journey", [10], indirect=True)
+@pytest.mark.parametrize("journey", [Granularity(10)], indirect=True)
 def test_the_base_has_its_say_in_a_focus_too(journey, ladder, encoded, monkeypatch):
     monkeypatch.setattr(light, "_FIRST_WITH_BASE", 10**6)
     alone = ladder.step(encoded, journey.prompt(), journey.state(4))

@@ -12,7 +12,7 @@ from model.evaluation.protocol import random_click
 from model.light.ladder import at_place
 from model.light.segmenter import LightSegmenter
 from model.metrics import iou
-from model.segmenter import Encoded, FirstStep, Segmenter, foresee, predict, probability
+from model.segmenter import Encoded, FirstStep, Segmenter, predict, probability
 from model.types import LEVELS, Box, Click, Granularity, Prompt
 
 FIRST = Click(x=320, y=240, positive=True)
@@ -133,21 +133,6 @@ def test_the_base_has_a_say_in_later_clicks_where_the_share_is_the_last_levels(
     predict(ladder, encoded, at(0.97, *more))
     assert asked[-1] == by_base
     assert not any(asked[:-1])
-
-
-def test_a_fourth_click_in_a_focus_is_the_same_foreseen_or_not(ladder, encoded):
-    clicks = [
-        Click(x=x, y=y, positive=positive) for x, y, positive in ((325, 240, True), (330, 250, True), (300, 200, False))
-    ]
-    three, four = at(0.05, *clicks[:2]), at(0.05, *clicks)
-    memo: dict = {}
-    predict(ladder, encoded, three, memo=memo)
-    make = foresee(ladder, encoded, three, memo)
-    if make is not None:
-        make()
-    found = predict(ladder, encoded, four, memo=memo).best.mask
-    assert np.array_equal(found, predict(ladder, encoded, four).best.mask)
-    assert memo[four].place == memo[three].place
 
 
 def test_without_an_adapter_a_share_is_its_nearest_level(segmenter, encoded):
