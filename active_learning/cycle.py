@@ -106,7 +106,7 @@ def run(
         if not snapshot.corrections:
             return watch.end("nothing new", "there are no corrections yet")
         instead_of = _instead_of(place.registry, status.line, folder)
-        made = _made(place.registry, status.line, snapshot)
+        made = _made(place.registry, status.line, snapshot, thorough=status.thorough)
         if made is not None:
             return _end_with(place.registry, watch, made)
         base = place.segmenter.digest
@@ -254,12 +254,17 @@ def _instead_of(registry: AdapterRegistry, line: str, folder: Path) -> str | Non
     return named
 
 
-def _made(registry: AdapterRegistry, line: str, snapshot: Snapshot) -> AdapterVersion | None:
-    """Return the newest version that a snapshot gave and that can serve: whole, and of this base."""
+def _made(registry: AdapterRegistry, line: str, snapshot: Snapshot, *, thorough: bool) -> AdapterVersion | None:
+    """Return the newest version that a snapshot gave and that can serve: whole, and of this base.
+
+    For a thorough training only what a thorough one made counts.
+    """
     for version in reversed(registry.versions(line)):
         if version.snapshot != snapshot.id:
             continue
         try:
+            if thorough and not registry.card(line, version.id).get("thorough"):
+                continue
             registry.intact(version)
             return version
         except Refusal as refusal:
@@ -401,6 +406,7 @@ def _publish(
             "accepted": None if unjudged else verdict.accepted,
             "scores": {name: asdict(found.candidate) for name, found in scores.items() if found is not None},
             "training": status.id,
+            "thorough": status.thorough,
             "reason": status.reason,
             "serves": serves,
             "instead_of": instead_of,

@@ -44,6 +44,8 @@ from model.types import Refusal
 
 log = logging.getLogger(__name__)
 
+_FEWEST_VIEWS = 2
+
 Trainable = LightSegmenter | GracoSegmenter
 """A base that adapters are trained for."""
 Learned = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]  # plain tensors, and matrices by branch
@@ -67,11 +69,13 @@ class LearningConfig:
     checkpoint_every: int = 50  # steps
     tail: bool = True  # whether the encoder's tail learns too; it always does where the parent moves it
     views: int = 2  # crops of each corrected photo, beside it
+    most_views: int = 400  # crops in all; of many photos each gets fewer, but two
     smallest_view: float = 0.6  # side of a crop, as a share of the photo's
 
     def photos(self, found: AnnotationSet) -> list[TrainingPhoto]:
         """Return what is learned from in a set of corrections: its photos, and crops of them."""
-        views = partial(views_of, further=self.views, smallest=self.smallest_view, seed=self.seed)
+        further = min(self.views, max(_FEWEST_VIEWS, self.most_views // max(1, len(found.images))))
+        views = partial(views_of, further=further, smallest=self.smallest_view, seed=self.seed)
         return photos_of(found, views, stated=True)
 
     def training(self, masks: int, *, rank: int, alpha: int, device: str, precision: str) -> TrainingConfig:
@@ -112,6 +116,14 @@ def _masks_of(photos: Sequence[TrainingPhoto]) -> int:
     """Return how many masks people corrected; those merged of siblings state no granularity."""
     plain = [photo for photo in photos if photo.view == PLAIN]
     return sum(mask.granularity is not None for photo in plain for mask in photo.drawn)
+
+
+def thorough(config: LearningConfig) -> LearningConfig:
+    """Return how to learn where nobody waits for it: four times the steps, on four times the crops.
+
+    On two cores a hundred corrections take some 12 minutes so, instead of three (docs/experiments.md).
+    """
+    return replace(config, steps_per_mask=4 * config.steps_per_mask, views=4 * config.views)
 
 
 def graco_learning(device: str) -> LearningConfig:

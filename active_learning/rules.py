@@ -15,7 +15,7 @@ class When:
 
     after: int = 50  # new corrections; 0: never by their number
     every_h: float = 0.0  # hours since the last one, or the first correction, where one is new; 0: never by time
-    night_h: tuple[int, int] | None = None  # from, to in hours of the day, UTC: with new corrections, once a night
+    night_h: tuple[int, int] | None = None  # from, to in hours of the day, UTC: a thorough one, once a night
 
 
 def due(when: When, *, new: int, first_s: float, last_s: float | None, now_s: float) -> str | None:
@@ -38,8 +38,21 @@ def due(when: When, *, new: int, first_s: float, last_s: float | None, now_s: fl
         return f"{new} new corrections"
     if when.every_h and now_s - (first_s if last_s is None else last_s) >= when.every_h * _HOUR_S:
         return f"{when.every_h:g} hours without a training, {new} new corrections"
-    if when.night_h is not None and _night_began_s(when.night_h, now_s) > (last_s or 0.0):
-        return f"the night has begun, {new} new corrections"
+    return None
+
+
+def due_at_night(when: When, *, new: int, last_s: float | None, now_s: float) -> str | None:
+    """Return why a thorough training is due, or None.
+
+    Args:
+        when: the rules.
+        new: corrections that came after the snapshot of the last thorough training that neither failed nor was
+            cancelled, whether others learned from them or not.
+        last_s: when that training was asked for, UTC seconds; None: there was none.
+        now_s: the time.
+    """
+    if new and when.night_h is not None and _night_began_s(when.night_h, now_s) > (last_s or 0.0):
+        return f"the night has begun, {new} corrections since the last thorough training"
     return None
 
 

@@ -44,7 +44,13 @@ class TrainingStatus:
     left_s: float | None = None  # expected until the steps are done
     version: str | None = None  # what came of it
     said: str = ""  # why it ended so
+    thorough: bool = False  # it takes its time: more steps, more crops
     ended_s: float | None = None  # when; None also where an earlier version of this backend wrote it down
+
+    @property
+    def why(self) -> str:
+        """The reason, and that it takes its time where it does."""
+        return f"{self.reason} (thorough)" if self.thorough else self.reason
 
 
 SHORT = "memory-ran-out"
@@ -59,11 +65,12 @@ class TrainingFolder:
         self.folder = folder / line
         self.line = line
 
-    def ask(self, reason: str, *, now_s: float | None = None) -> TrainingStatus:
+    def ask(self, reason: str, *, thorough: bool = False, now_s: float | None = None) -> TrainingStatus:
         """Return the pending request, made now unless there is one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         now_s = time.time() if now_s is None else now_s
-        made = TrainingStatus(id=f"train-{self.line}-{int(now_s * 1000)}", line=self.line, reason=reason, asked_s=now_s)
+        name = f"train-{self.line}-{int(now_s * 1000)}"
+        made = TrainingStatus(id=name, line=self.line, reason=reason, asked_s=now_s, thorough=thorough)
         draft = self.folder / f".request.{os.getpid()}.{time.monotonic_ns()}"
         try:
             _write(draft, made)

@@ -331,6 +331,7 @@ def simulate_command(
         Order.random
     ),
     keep: Annotated[Path | None, typer.Option(help="empty folder for the backend's data; unset: none is kept")] = None,
+    thorough: Annotated[bool, typer.Option(help="ask for a thorough training too after each, as at night")] = False,
 ) -> None:
     """Simulate a team that annotates photos and trains, and report the clicks an object takes before and after."""
     import tempfile
@@ -359,6 +360,7 @@ def simulate_command(
             else ("active",)
             if order == Order.active
             else ("random",),
+            thorough=thorough,
         )
         found = read_annotations(data)
         with tempfile.TemporaryDirectory() as spare:

@@ -12,7 +12,7 @@ from active_learning.status import TrainingStatus
 from ml_backend import charts
 from ml_backend.admin_common import Answer, given, known_lines, ledger, line_or_404, show_at, telling
 from ml_backend.service import BoundedCache, Service
-from ml_backend.trainings import folder_of, new_for, request, why_not
+from ml_backend.trainings import folder_of, last_thorough, new_for, request, why_not
 from model.types import Refusal
 
 _SHOWN = 20  # of those that ended
@@ -24,6 +24,7 @@ class _Line:
     name: str
     new: int | None  # corrections that none has learned from; None: not known here
     why_not: str | None
+    why_not_thorough: str | None
     pending: TrainingStatus | None
     cancelled: bool
     curve: Markup  # of the one that is pending, or ended last
@@ -52,9 +53,11 @@ def add_trainings(admin: Blueprint, service: Service) -> None:
         line = line_or_404(service, given("line"))
         with telling():
             stands = _look(service, line, checked)
-            if stands.why_not is not None:
-                raise Refusal(f"no training of {line} was started: {stands.why_not}")
-            status = request(settings, line, "asked for on the admin page")
+            thorough = given("kind") == "thorough"
+            why_not = stands.why_not_thorough if thorough else stands.why_not
+            if why_not is not None:
+                raise Refusal(f"no training of {line} was started: {why_not}")
+            status = request(settings, line, "asked for on the admin page", thorough=thorough)
             flash(f"Training {status.id} of {line} is queued.", "done")
         return show_at("admin.training", line)
 
@@ -76,13 +79,15 @@ def _look(service: Service, line: str, checked: BoundedCache[bool]) -> _Line:
     try:
         with ledger(service.settings) as store:
             new: int | None = new_for(store, folder)
+            new_for_thorough = new_for(store, folder, thorough=True)
     except Refusal:
-        new = None
+        new, new_for_thorough = None, 1
     whole = pending is not None or new != 0 or _is_whole(service.registry, line, checked)  # else it does not matter
     return _Line(
         name=line,
         new=new,
         why_not=why_not(pending or last, 1 if new is None else new, whole=whole),
+        why_not_thorough=why_not(pending or last_thorough(folder), new_for_thorough),
         pending=pending,
         cancelled=folder.cancelled,
         curve=charts.line(

@@ -64,6 +64,7 @@ _CLASS = "Object"  # of what has no class of its own
 _USER = "simulated"
 _START_S = 180.0
 _TRAINING_S = 1800.0
+_THOROUGH_S = 4 * _TRAINING_S
 _LEAST_AREA = 0.001  # of the photo: what is smaller nobody clicks
 _SHOWN = 8  # hold-out objects whose masks are drawn
 
@@ -78,6 +79,7 @@ class Plan:
     limit: int = 40  # objects measured of hold-out and reference
     seed: int = 0
     orders: tuple[Order, ...] = ("random",)  # in which photos come, a team for each
+    thorough: bool = False  # after each training a thorough one is asked for as well, as at night
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -111,6 +113,12 @@ class Round:
     reference: Scores
     said: str = ""
     shown: tuple[Shown, ...] = ()  # of the hold-out, the same ones each time
+    thorough: bool = False  # the training was
+
+    @property
+    def title(self) -> str:
+        """What a reader knows the round by."""
+        return f"{self.corrections} corrections{', thorough' if self.thorough else ''}"
 
     def to_json(self) -> Json:
         """Return the figures as plain values, without the pictures."""
@@ -316,18 +324,24 @@ class Worker:
         event = {"action": "ANNOTATION_CREATED", "annotation": annotation, "task": task, "project": project}
         self.backend.post("/webhook", event, timeout_s=10)
 
-    def train(self) -> tuple[TrainingStatus, float | None]:
+    def train(self, *, thorough: bool = False) -> tuple[TrainingStatus, float | None]:
         """Press Start Training; return how it ended, and the seconds until a new version served, if one does.
+
+        Args:
+            thorough: ask for a thorough training instead, which no button of Label Studio does.
 
         Raises:
             Refusal: it does not end in time.
         """
         before, began_s = self.backend.version(), time.monotonic()
         project = {"id": PROJECT, "title": "simulated", "label_config": self.config}
-        job = self.backend.post("/webhook", {"action": "START_TRAINING", "project": project})["job"]
         folder = TrainingFolder(self.backend.data_dir / "trainings", f"project-{PROJECT}")
-        until_s = began_s + _TRAINING_S
-        while time.monotonic() < until_s:
+        if thorough:
+            job = folder.ask("the simulated night", thorough=True).id
+        else:
+            job = self.backend.post("/webhook", {"action": "START_TRAINING", "project": project})["job"]
+        longest_s = _THOROUGH_S if thorough else _TRAINING_S
+        while time.monotonic() < began_s + longest_s:
             status = folder.status()
             if status is not None and status.id == job and status.state in ENDED:
                 if status.state != "published":
@@ -335,7 +349,7 @@ class Worker:
                 if self.backend.version() != before:
                     return status, time.monotonic() - began_s
             time.sleep(0.2)
-        raise Refusal(f"training {job} did not end within {_TRAINING_S / 60:.0f} minutes")
+        raise Refusal(f"training {job} did not end within {longest_s / 60:.0f} minutes")
 
 
 def _click(number: int, click: Click, size: tuple[int, int], level: Granularity, label: str) -> list[Json]:
@@ -412,6 +426,7 @@ def _team(
                 corrections=corrections,
                 version=backend.version(),
                 state="" if status is None else status.state,
+                thorough=status is not None and status.thorough,
                 seconds_to_serving=seconds,
                 holdout=scores,
                 reference=measure(reference, 20_000)[0],
@@ -419,7 +434,7 @@ def _team(
                 shown=shown,
             )
             say(
-                f"{corrections} corrections, {made.version} {made.state}: NoC@85 {made.holdout.noc85:.2f}, "
+                f"{made.title}, {made.version} {made.state}: NoC@85 {made.holdout.noc85:.2f}, "
                 f"NoC@90 {made.holdout.noc90:.2f} on the hold-out, NoC@90 {made.reference.noc90:.2f} on the reference"
             )
             return made
@@ -439,8 +454,9 @@ def _team(
                     offered.append((mask, tried.region))
                 worker.submit(number, task, offered)
                 corrections += len(offered)
-            status, seconds = worker.train()
-            rounds.append(look(corrections, status, seconds))
+            for thorough in (False, True) if plan.thorough else (False,):
+                status, seconds = worker.train(thorough=thorough)
+                rounds.append(look(corrections, status, seconds))
         return rounds
 
 
@@ -575,7 +591,7 @@ def write_report(path: Path, found: AnnotationSet, plan: Plan, arms: Mapping[Ord
     draw_click_curves(
         path.with_suffix(".png"),
         {
-            f"{name}, {order} order": {f"{one.corrections} corrections": getattr(one, side).curve for one in rounds}
+            f"{name}, {order} order": {one.title: getattr(one, side).curve for one in rounds}
             for order, rounds in arms.items()
             for name, side in (("hold-out", "holdout"), ("reference set", "reference"))
         },
@@ -588,7 +604,7 @@ def write_report(path: Path, found: AnnotationSet, plan: Plan, arms: Mapping[Ord
 
 def _figures(rounds: Sequence[Round]) -> Json:
     first, last = rounds[0], rounds[-1]
-    seconds = [one.seconds_to_serving for one in rounds if one.seconds_to_serving is not None]
+    seconds = [one.seconds_to_serving for one in rounds if one.seconds_to_serving is not None and not one.thorough]
     return {
         "corrections": last.corrections,
         "noc85_before": first.holdout.noc85,
@@ -625,7 +641,7 @@ def _draw_masks(path: Path, rounds: Sequence[Round]) -> None:
         pixels, truth = image.pixels(), mask.mask()
         cells = [draw_cell(pixels, None, truth, click, mask.name)]
         for one, shown in zip(rounds, answers, strict=True):
-            label = f"{one.corrections} corrections: {iou(shown.answer, truth):.2f}"
+            label = f"{one.title}: {iou(shown.answer, truth):.2f}"
             cells.append(draw_cell(pixels, shown.answer, truth, shown.click, label))
         rows.append(cells)
     draw_rows(path, rows)

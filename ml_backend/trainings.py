@@ -37,7 +37,7 @@ from rq.worker import WorkerStatus
 
 from active_learning import lines
 from active_learning.corrections import CorrectionStore
-from active_learning.rules import When, due, rest_s
+from active_learning.rules import When, due, due_at_night, rest_s
 from active_learning.status import ENDED, SETTLED, TrainingFolder, TrainingStatus, lines_in
 from ml_backend import logs
 from ml_backend.settings import Settings
@@ -77,12 +77,12 @@ def folder_of(settings: Settings, line: str) -> TrainingFolder:
     return TrainingFolder(settings.shared / "trainings", line)
 
 
-def request(settings: Settings, line: str, reason: str) -> TrainingStatus:
+def request(settings: Settings, line: str, reason: str, *, thorough: bool = False) -> TrainingStatus:
     """Ask for a training, unless one of this line is pending, and return the one that is pending then.
 
     The worker looks every other second; no Redis is asked.
     """
-    return folder_of(settings, line).ask(reason)
+    return folder_of(settings, line).ask(reason, thorough=thorough)
 
 
 def requeue(settings: Settings, connection: redis.Redis) -> list[TrainingStatus]:
@@ -150,35 +150,56 @@ def ask_when_due(settings: Settings, store: CorrectionStore, *, now_s: float) ->
     asked = []
     for line in {line_of(settings, project) for project in store.projects()}:
         trainings = folder_of(settings, line)
-        if trainings.pending() is None and (reason := _why_due(when, store, trainings, now_s)) is not None:
-            asked.append(request(settings, line, reason))
+        if trainings.pending() is None and (found := _why_due(when, store, trainings, now_s)) is not None:
+            reason, thorough = found
+            asked.append(request(settings, line, reason, thorough=thorough))
     return asked
 
 
-def _why_due(when: When, store: CorrectionStore, trainings: TrainingFolder, now_s: float) -> str | None:
+def _why_due(when: When, store: CorrectionStore, trainings: TrainingFolder, now_s: float) -> tuple[str, bool] | None:
+    """Return why a training is due and whether it is a thorough one, or None."""
     failed = list(takewhile(lambda one: one.state not in SETTLED, reversed(trainings.history())))  # the latest first
     if failed and now_s - (failed[0].ended_s or failed[0].asked_s) < rest_s(len(failed)):
         return None
+    last = _settled(trainings, thorough=True)
+    new = new_for(store, trainings, thorough=True)
+    if reason := due_at_night(when, new=new, last_s=None if last is None else last.asked_s, now_s=now_s):
+        return reason, True
     last, first_s = _settled(trainings), store.first_s(lines.project_of(trainings.line))
-    return due(
+    reason = due(
         when,
         new=new_for(store, trainings),
         first_s=now_s if first_s is None else first_s,
         last_s=None if last is None else last.asked_s,
         now_s=now_s,
     )
+    return None if reason is None else (reason, False)
 
 
-def new_for(store: CorrectionStore, trainings: TrainingFolder) -> int:
-    """Return how many corrections of a line no training has learned from, nor does one that is pending."""
-    last = trainings.pending() or _settled(trainings)
+def new_for(store: CorrectionStore, trainings: TrainingFolder, *, thorough: bool = False) -> int:
+    """Return how many corrections of a line no training has learned from, nor does one that is pending.
+
+    Args:
+        store: the ledger.
+        trainings: of the line.
+        thorough: only thorough trainings count.
+    """
+    pending = trainings.pending()
+    counts = pending is not None and (pending.thorough or not thorough)
+    last = pending if counts else _settled(trainings, thorough=thorough)
     seen_s = 0.0 if last is None else last.snapshot_s or last.asked_s
     return store.new_since(lines.project_of(trainings.line), seen_s)
 
 
-def _settled(trainings: TrainingFolder) -> TrainingStatus | None:
-    """Return the last training of a line that neither failed nor was cancelled."""
-    return next((one for one in reversed(trainings.history()) if one.state in SETTLED), None)
+def last_thorough(trainings: TrainingFolder) -> TrainingStatus | None:
+    """Return the thorough training of a line that ended last."""
+    return next((one for one in reversed(trainings.history()) if one.thorough), None)
+
+
+def _settled(trainings: TrainingFolder, *, thorough: bool = False) -> TrainingStatus | None:
+    """Return the last training of a line, a thorough one if so wanted, that neither failed nor was cancelled."""
+    ended = reversed(trainings.history())
+    return next((one for one in ended if one.state in SETTLED and (one.thorough or not thorough)), None)
 
 
 def why_not(last: TrainingStatus | None, new: int, *, whole: bool = True) -> str | None:
@@ -304,7 +325,7 @@ def _carry_out(settings: Settings, trainings: TrainingFolder, status: TrainingSt
             ),
             trainings,
             status,
-            config=_config(settings),
+            config=_config(settings, thorough=status.thorough),
             margins=Margins(),
             limits=Limits(
                 time_s=settings.train_limit_minutes * 60,
@@ -352,11 +373,14 @@ def _take_in(settings: Settings, status: TrainingStatus) -> None:
         intake.close()
 
 
-def _config(settings: Settings) -> LearningConfig:
+def _config(settings: Settings, *, thorough: bool) -> LearningConfig:
     from active_learning.learn import LearningConfig, graco_learning
+    from active_learning.learn import thorough as thoroughly
     from ml_backend.families import GRACO
 
     config = graco_learning(settings.train_device) if settings.family == GRACO else LearningConfig()
+    if thorough:
+        config = thoroughly(config)
     if not settings.train_steps:
         return config
     return replace(config, fewest_steps=settings.train_steps, most_steps=settings.train_steps)

@@ -99,9 +99,9 @@ def trainings(tmp_path) -> TrainingFolder:
     return TrainingFolder(tmp_path / "trainings", "project-3")
 
 
-def carry_out(place, trainings, **changes):
+def carry_out(place, trainings, *, thorough=False, **changes):
     values = {"config": QUICK, "margins": EASY, "limits": Limits(precision="no")} | changes
-    return run(place, trainings, trainings.ask("a test"), **values)
+    return run(place, trainings, trainings.ask("a test", thorough=thorough), **values)
 
 
 def test_a_cycle_learns_judges_and_keeps_a_version_with_its_card_and_pictures(place, trainings):
@@ -130,6 +130,17 @@ def test_the_same_corrections_are_not_trained_on_twice(place, trainings):
     again = carry_out(place, trainings)
     assert (again.state, again.version) == ("nothing new", first.version)
     assert len(place.registry.versions("project-3")) == 1
+
+
+def test_what_was_learned_in_a_hurry_is_learned_thoroughly_once(place, trainings):
+    fill(place.store, place.images, photos=3)
+    hurried = carry_out(place, trainings)
+    slowly = {"thorough": True, "config": replace(QUICK, fewest_steps=6, most_steps=6)}
+    thorough = carry_out(place, trainings, **slowly)
+    assert thorough.version not in (None, hurried.version)
+    assert [place.registry.card("project-3", one.version)["thorough"] for one in (hurried, thorough)] == [False, True]
+    for again in (carry_out(place, trainings, **slowly), carry_out(place, trainings)):
+        assert (again.state, again.version) == ("nothing new", thorough.version)
 
 
 def test_without_corrections_nothing_is_trained(place, trainings):

@@ -353,8 +353,27 @@ def test_a_training_is_started_watched_cancelled_and_tried_again(make_admin, tmp
     assert "memory &lt;ran&gt; out" in raw
     assert "Try it again" in raw
     assert "is queued" in send(client, "/admin/training", "/admin/training/start", line="project-3")
+    assert not folder.pending().thorough
     assert folder.losses() == []
     assert folder.pending().id != status.id
+
+
+def test_what_was_learned_from_may_be_learned_thoroughly_once(make_admin, tmp_path):
+    client, service = make_admin()
+    fill(tmp_path / "data", photos=2)
+    folder = folder_of(service.settings, "project-3")
+    folder.end(folder.ask("a test"), "published", "it wins")
+    raw = page(client, "/admin/training")
+    assert "nothing was corrected since the last training" in raw
+    assert "Start a thorough training of project-3" in raw
+    form = {"line": "project-3", "kind": "thorough"}
+    assert "is queued" in send(client, "/admin/training", "/admin/training/start", **form)
+    assert folder.pending().thorough
+    assert "asked for on the admin page (thorough)" in page(client, "/admin/training")
+    folder.end(folder.pending(), "published", "it wins")
+    assert "Start a thorough training of project-3" not in page(client, "/admin/training")
+    text = send(client, "/admin/training", "/admin/training/start", **form)
+    assert "No training of project-3 was started: nothing was corrected since" in text
 
 
 def test_a_training_is_offered_without_new_corrections_where_the_version_that_should_serve_cannot(

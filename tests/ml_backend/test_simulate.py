@@ -28,10 +28,13 @@ def drawn(tmp_path_factory) -> AnnotationSet:
 def test_a_team_annotates_trains_and_is_served_the_new_version(drawn, tmp_path, monkeypatch):
     monkeypatch.setenv("GRACO_TRAIN_STEPS", "1")
     monkeypatch.setenv("GRACO_ENCODER", "exact")
-    plan = Plan(rounds=(12, 24), budget=2, patience=1, limit=2, orders=("active",))
+    plan = Plan(rounds=(12, 24), budget=2, patience=1, limit=2, orders=("active",), thorough=True)
     arms = simulate(drawn, plan, tmp_path / "data")
     rounds = arms["active"]
-    assert [one.corrections for one in rounds] == [0, 12, 24]
+    assert [one.corrections for one in rounds] == [0, 12, 12, 24, 24]
+    assert [one.thorough for one in rounds] == [False, False, True, False, True]
+    assert rounds[2].state in ("published", "kept", "rejected"), "not 'nothing new'"
+    assert rounds[4].title == "24 corrections, thorough"
     assert rounds[1].state in ("published", "kept", "rejected")
     assert (rounds[0].version != rounds[1].version) == (rounds[1].state == "published")
     store = CorrectionStore(tmp_path / "data" / "active" / "corrections.sqlite")
@@ -43,7 +46,7 @@ def test_a_team_annotates_trains_and_is_served_the_new_version(drawn, tmp_path, 
     report = write_report(tmp_path / "report.json", drawn, plan, arms)
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
     assert report["noc85_before"] == rounds[0].holdout.noc85
-    assert report["noc90_reference_after"] == rounds[2].reference.noc90
+    assert report["noc90_reference_after"] == rounds[4].reference.noc90
     for name in ("report.png", "report-corrections.png", "report-active.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 300

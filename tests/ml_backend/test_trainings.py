@@ -211,6 +211,59 @@ def test_the_hours_of_a_line_that_was_never_trained_begin_with_its_first_correct
     assert asked.reason.startswith("2 hours without a training")
 
 
+EVENING_S = 86_400.0 + 22 * 3600
+
+
+def test_at_night_all_corrections_of_the_day_are_trained_on_thoroughly_learned_from_or_not(settings, ledger):
+    settings = settings.model_copy(update={"train_after": 1, "train_at_night": "22-6"})
+    folder = folder_of(settings, "project-3")
+    end(settings, "published", asked_s=2000.0, ended_s=3000.0)
+    assert new_for(ledger, folder) == 0, "by day they were learned from"
+    assert ask_when_due(settings, ledger, now_s=EVENING_S - 60) == []
+    (asked,) = ask_when_due(settings, ledger, now_s=EVENING_S + 60)
+    assert asked.thorough
+    assert asked.why.endswith("corrections since the last thorough training (thorough)")
+    assert ask_when_due(settings, ledger, now_s=EVENING_S + 90) == [], "it is pending"
+    folder.end(asked, "rejected", "a test", snapshot_s=EVENING_S + 60)
+    assert new_for(ledger, folder, thorough=True) == 0
+    assert ask_when_due(settings, ledger, now_s=EVENING_S + 86_400) == [], "nothing came since"
+
+
+def test_a_quick_training_that_is_pending_does_not_stand_for_a_thorough_one(settings, ledger):
+    folder = folder_of(settings, "project-3")
+    request(settings, "project-3", "the button")
+    assert new_for(ledger, folder) == 0
+    assert new_for(ledger, folder, thorough=True) == ledger.counts("3").corrections
+    assert not request(settings, "project-3", "a command", thorough=True).thorough, "one at a time"
+
+
+@pytest.mark.parametrize(("thorough", "steps", "views"), [(False, 350, 2), (True, 1400, 8)])
+def test_a_thorough_training_takes_four_times_the_steps_and_crops(settings, monkeypatch, thorough, steps, views):
+    from active_learning import learn
+
+    model = object.__new__(learn.LightSegmenter)
+    model._digest = "0" * 64
+    taken = []
+
+    def run(place, trainings, status, *, config, **_):
+        taken.append(config)
+        return trainings.end(status, "cancelled", "a test")
+
+    monkeypatch.setattr("ml_backend.trainings._limit_memory", lambda wanted: None)
+    monkeypatch.setattr("ml_backend.families.load_model", lambda settings, **how: model)
+    monkeypatch.setattr("active_learning.cycle.run", run)
+    before = torch.get_num_threads()
+    settings = settings.model_copy(update={"train_steps": 0})
+    status = request(settings, "project-3", "a test", thorough=thorough)
+    try:
+        _carry_out(settings, folder_of(settings, "project-3"), status)
+    finally:
+        torch.set_num_threads(before)
+    (config,) = taken
+    assert config.views == views
+    assert config.training(100, rank=8, alpha=16, device="cpu", precision="no").steps == steps
+
+
 def test_lines_follow_the_setting(settings):
     assert line_of(settings, 3) == "project-3"
     assert line_of(settings.model_copy(update={"adapter_line": "shared"}), 3) == "shared"
