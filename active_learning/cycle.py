@@ -106,7 +106,7 @@ def run(
         if not snapshot.corrections:
             return watch.end("nothing new", "there are no corrections yet")
         instead_of = _instead_of(place.registry, status.line, folder)
-        made = _made(place.registry, status.line, snapshot, thorough=status.thorough)
+        made = _made(place.registry, status, snapshot)
         if made is not None:
             return _end_with(place.registry, watch, made)
         base = place.segmenter.digest
@@ -254,22 +254,28 @@ def _instead_of(registry: AdapterRegistry, line: str, folder: Path) -> str | Non
     return named
 
 
-def _made(registry: AdapterRegistry, line: str, snapshot: Snapshot, *, thorough: bool) -> AdapterVersion | None:
+def _made(registry: AdapterRegistry, status: TrainingStatus, snapshot: Snapshot) -> AdapterVersion | None:
     """Return the newest version that a snapshot gave and that can serve: whole, and of this base.
 
-    For a thorough training only what a thorough one made counts.
+    For a thorough training only what a thorough one made counts. Where a version of this snapshot is to serve and
+    cannot, none does but this training's own: another is made in its place.
     """
-    for version in reversed(registry.versions(line)):
+    named, found, lost = registry.active_text(status.line), None, False
+    for version in reversed(registry.versions(status.line)):
         if version.snapshot != snapshot.id:
             continue
         try:
-            if thorough and not registry.card(line, version.id).get("thorough"):
-                continue
+            card = registry.card(status.line, version.id)
             registry.intact(version)
-            return version
         except Refusal as refusal:
             log.warning("what these corrections gave before does not count: %s", refusal)
-    return None
+            lost = lost or version.id == named
+            continue
+        if card.get("training") == status.id:
+            return version
+        if found is None and (card.get("thorough") or not status.thorough):
+            found = version
+    return None if lost else found
 
 
 def _serving(registry: AdapterRegistry, line: str) -> AdapterVersion | None:

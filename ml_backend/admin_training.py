@@ -12,7 +12,7 @@ from active_learning.status import TrainingStatus
 from ml_backend import charts
 from ml_backend.admin_common import Answer, given, known_lines, ledger, line_or_404, show_at, telling
 from ml_backend.service import BoundedCache, Service
-from ml_backend.trainings import folder_of, last_thorough, new_for, request, why_not
+from ml_backend.trainings import folder_of, last_of, new_for, request, why_not
 from model.types import Refusal
 
 _SHOWN = 20  # of those that ended
@@ -58,6 +58,8 @@ def add_trainings(admin: Blueprint, service: Service) -> None:
             if why_not is not None:
                 raise Refusal(f"no training of {line} was started: {why_not}")
             status = request(settings, line, "asked for on the admin page", thorough=thorough)
+            if thorough and not status.thorough:  # another was asked for just now
+                raise Refusal(f"no thorough training of {line} was started: one is {status.state} already")
             flash(f"Training {status.id} of {line} is queued.", "done")
         return show_at("admin.training", line)
 
@@ -76,18 +78,20 @@ def _look(service: Service, line: str, checked: BoundedCache[bool]) -> _Line:
     folder = folder_of(service.settings, line)
     pending, ended, losses = folder.pending(), folder.history(), folder.losses()
     last = folder.status()
+    last_quick, last_thorough = (last_of(folder, thorough=thorough) for thorough in (False, True))
     try:
         with ledger(service.settings) as store:
             new: int | None = new_for(store, folder)
             new_for_thorough = new_for(store, folder, thorough=True)
     except Refusal:
         new, new_for_thorough = None, 1
-    whole = pending is not None or new != 0 or _is_whole(service.registry, line, checked)  # else it does not matter
+    matters = pending is None and 0 in (new, new_for_thorough)
+    whole = not matters or _is_whole(service.registry, line, checked)
     return _Line(
         name=line,
         new=new,
-        why_not=why_not(pending or last, 1 if new is None else new, whole=whole),
-        why_not_thorough=why_not(pending or last_thorough(folder), new_for_thorough),
+        why_not=why_not(last_quick or last_thorough, 1 if new is None else new, whole=whole),
+        why_not_thorough=why_not(last_thorough, new_for_thorough, whole=whole, thorough=True),
         pending=pending,
         cancelled=folder.cancelled,
         curve=charts.line(

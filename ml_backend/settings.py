@@ -130,7 +130,9 @@ class Settings(BaseSettings):
     train_after: int = Field(50, ge=0, description="new corrections that make a training due; 0: never by their number")
     train_every_hours: float = Field(0, ge=0, description="hours after which new corrections make one due; 0: never")
     train_at_night: str | None = Field(
-        None, pattern=r"^([01]?\d|2[0-3])-([01]?\d|2[0-3])$", description="hours, UTC, to train in once a night: 22-6"
+        None,
+        pattern=r"^([01]?\d|2[0-3])-([01]?\d|2[0-3])$",
+        description="hours, UTC, of a thorough training once a night: 22-6",
     )
     train_steps: int = Field(0, ge=0, description="steps of a training; 0: by the number of corrected masks")
     train_device: Literal["auto", "cpu"] = Field(

@@ -32,7 +32,7 @@ def start(
     context: typer.Context,
     project: Project = None,
     wait: Annotated[bool, typer.Option(help="wait until it has come to an end")] = False,
-    thorough: Annotated[bool, typer.Option(help="four times as long, and better; as at night")] = False,
+    thorough: Annotated[bool, typer.Option(help="up to four times as long, as at night")] = False,
 ) -> None:
     """Ask for a training on all corrections of a project; one that is pending already is as good."""
     settings: Settings = context.obj
@@ -40,6 +40,7 @@ def start(
     print(f"{status.id}: {status.state}")
     if thorough and not status.thorough:
         print("it was asked for before, and is not a thorough one: ask again once it has ended")
+        raise typer.Exit(1)
     if not wait:
         return
     while True:

@@ -158,13 +158,13 @@ def ask_when_due(settings: Settings, store: CorrectionStore, *, now_s: float) ->
 
 def _why_due(when: When, store: CorrectionStore, trainings: TrainingFolder, now_s: float) -> tuple[str, bool] | None:
     """Return why a training is due and whether it is a thorough one, or None."""
-    failed = list(takewhile(lambda one: one.state not in SETTLED, reversed(trainings.history())))  # the latest first
-    if failed and now_s - (failed[0].ended_s or failed[0].asked_s) < rest_s(len(failed)):
+    if not _rests(trainings, thorough=True, now_s=now_s):
+        last = _settled(trainings, thorough=True)
+        new = new_for(store, trainings, thorough=True)
+        if reason := due_at_night(when, new=new, last_s=None if last is None else last.asked_s, now_s=now_s):
+            return reason, True
+    if _rests(trainings, thorough=False, now_s=now_s):
         return None
-    last = _settled(trainings, thorough=True)
-    new = new_for(store, trainings, thorough=True)
-    if reason := due_at_night(when, new=new, last_s=None if last is None else last.asked_s, now_s=now_s):
-        return reason, True
     last, first_s = _settled(trainings), store.first_s(lines.project_of(trainings.line))
     reason = due(
         when,
@@ -174,6 +174,13 @@ def _why_due(when: When, store: CorrectionStore, trainings: TrainingFolder, now_
         now_s=now_s,
     )
     return None if reason is None else (reason, False)
+
+
+def _rests(trainings: TrainingFolder, *, thorough: bool, now_s: float) -> bool:
+    """Whether the rules ask for none of a kind now, since the latest of that kind failed or were cancelled."""
+    ended = (one for one in reversed(trainings.history()) if one.thorough == thorough)
+    failed = list(takewhile(lambda one: one.state not in SETTLED, ended))  # the latest first
+    return bool(failed) and now_s - (failed[0].ended_s or failed[0].asked_s) < rest_s(len(failed))
 
 
 def new_for(store: CorrectionStore, trainings: TrainingFolder, *, thorough: bool = False) -> int:
@@ -191,9 +198,10 @@ def new_for(store: CorrectionStore, trainings: TrainingFolder, *, thorough: bool
     return store.new_since(lines.project_of(trainings.line), seen_s)
 
 
-def last_thorough(trainings: TrainingFolder) -> TrainingStatus | None:
-    """Return the thorough training of a line that ended last."""
-    return next((one for one in reversed(trainings.history()) if one.thorough), None)
+def last_of(trainings: TrainingFolder, *, thorough: bool) -> TrainingStatus | None:
+    """Return the training of a line that is pending, else the one of a kind that ended last."""
+    ended = (one for one in reversed(trainings.history()) if one.thorough == thorough)
+    return trainings.pending() or next(ended, None)
 
 
 def _settled(trainings: TrainingFolder, *, thorough: bool = False) -> TrainingStatus | None:
@@ -202,19 +210,22 @@ def _settled(trainings: TrainingFolder, *, thorough: bool = False) -> TrainingSt
     return next((one for one in ended if one.state in SETTLED and (one.thorough or not thorough)), None)
 
 
-def why_not(last: TrainingStatus | None, new: int, *, whole: bool = True) -> str | None:
+def why_not(last: TrainingStatus | None, new: int, *, whole: bool = True, thorough: bool = False) -> str | None:
     """Return why asking for a training of a line would bring nothing now, or None.
 
     Args:
-        last: the line's training that was asked for last.
+        last: as `last_of` returns it.
         new: as `new_for` returns it.
         whole: the line's version that is to serve can do so; else the same corrections may give another.
+        thorough: a thorough one.
     """
     if last is not None and last.state not in ENDED:
         return f"one is {last.state} already"
     if new or not whole or (last is not None and last.state in ("failed", "cancelled")):
         return None
-    return "there are no corrections yet" if last is None else "nothing was corrected since the last training"
+    if last is None:
+        return "there are no corrections yet"
+    return f"nothing was corrected since the last {'thorough ' if thorough else ''}training"
 
 
 def train(line: str) -> None:

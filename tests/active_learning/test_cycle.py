@@ -143,6 +143,23 @@ def test_what_was_learned_in_a_hurry_is_learned_thoroughly_once(place, trainings
         assert (again.state, again.version) == ("nothing new", thorough.version)
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("serving", ["hurried", "thorough"])
+def test_a_damaged_version_is_replaced_though_another_of_the_same_corrections_is_whole(
+    place, trainings, serving, again
+):
+    fill(place.store, place.images, photos=6)
+    known = {"margins": SURE, "limits": SERVED}
+    slowly = {"thorough": True, "config": replace(QUICK, fewest_steps=6, most_steps=6), **known}
+    made = {"hurried": carry_out(place, trainings, **known), "thorough": carry_out(place, trainings, **slowly)}
+    place.registry.activate("project-3", made[serving].version, by="a test")
+    hurt(place.registry, place.registry.get("project-3", made[serving].version), "damaged")
+    mended = carry_out(place, trainings, **(slowly if again else known))
+    assert mended.state == "published", mended.said
+    assert mended.version != made[serving].version
+    assert place.registry.active_id("project-3") == mended.version
+
+
 def test_without_corrections_nothing_is_trained(place, trainings):
     assert carry_out(place, trainings).said == "there are no corrections yet"
 

@@ -1,14 +1,16 @@
 """Adapters between the one a training began from and what it made of it; from what lessons are drawn."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from active_learning.learn import LearningConfig, _groups, blended, graco_learning
+from active_learning.learn import LearningConfig, _groups, blended, graco_learning, thorough
 from model.adapter import ENCODER, read_adapter
 from model.light.adapter import LEVEL
 from model.light.tail import moved_by
+from tests.active_learning.drawn import strip, strip_masks, write_photos
 from tests.model.random_adapter import write_random_adapter
 
 
@@ -39,3 +41,12 @@ def test_lessons_of_light_are_mostly_corrections_and_of_graco_half():
     assert 0.25 < share < 0.5
     assert _groups(LearningConfig(), photos, replay) == [(1 - share, photos), (share, replay)]
     assert _groups(graco_learning("cpu"), photos, replay) == [(0.5, photos), (0.5, replay)]
+
+
+@pytest.mark.parametrize(("most", "crops"), [(400, 8), (24, 4), (1, 2)])
+def test_a_thorough_training_sees_more_crops_and_of_many_photos_fewer_of_each(tmp_path, most, crops):
+    found = write_photos(tmp_path, [strip(number) for number in range(6)], strip_masks())
+    photos = replace(thorough(LearningConfig(smallest_view=0.95)), most_views=most).photos(found)
+    assert len(photos) == 6 * (1 + crops)
+    assert len({photo.embedding for photo in photos}) == len(photos)
+    assert len(LearningConfig().photos(found)) == 6 * 3

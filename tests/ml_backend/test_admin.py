@@ -364,7 +364,7 @@ def test_what_was_learned_from_may_be_learned_thoroughly_once(make_admin, tmp_pa
     folder = folder_of(service.settings, "project-3")
     folder.end(folder.ask("a test"), "published", "it wins")
     raw = page(client, "/admin/training")
-    assert "nothing was corrected since the last training" in raw
+    assert "A quick training would bring nothing now: nothing was corrected since the last training" in raw
     assert "Start a thorough training of project-3" in raw
     form = {"line": "project-3", "kind": "thorough"}
     assert "is queued" in send(client, "/admin/training", "/admin/training/start", **form)
@@ -373,7 +373,7 @@ def test_what_was_learned_from_may_be_learned_thoroughly_once(make_admin, tmp_pa
     folder.end(folder.pending(), "published", "it wins")
     assert "Start a thorough training of project-3" not in page(client, "/admin/training")
     text = send(client, "/admin/training", "/admin/training/start", **form)
-    assert "No training of project-3 was started: nothing was corrected since" in text
+    assert "No training of project-3 was started: nothing was corrected since the last thorough training" in text
 
 
 def test_a_training_is_offered_without_new_corrections_where_the_version_that_should_serve_cannot(

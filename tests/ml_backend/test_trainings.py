@@ -17,6 +17,7 @@ import torch
 from rq import Queue, Worker
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
+from typer.testing import CliRunner
 
 from active_learning.corrections import CorrectionStore
 from active_learning.images import ImageStore
@@ -25,6 +26,7 @@ from ml_backend.jobs import connect
 from ml_backend.queues import look
 from ml_backend.readiness import why_no_trainings
 from ml_backend.settings import Settings
+from ml_backend.training_command import app
 from ml_backend.trainings import (
     TRAINING,
     Cores,
@@ -224,9 +226,48 @@ def test_at_night_all_corrections_of_the_day_are_trained_on_thoroughly_learned_f
     assert asked.thorough
     assert asked.why.endswith("corrections since the last thorough training (thorough)")
     assert ask_when_due(settings, ledger, now_s=EVENING_S + 90) == [], "it is pending"
-    folder.end(asked, "rejected", "a test", snapshot_s=EVENING_S + 60)
+    folder.end(asked, "cancelled", "a test", ended_s=EVENING_S + 90)
+    folder.end(folder.ask("a test", thorough=True, now_s=EVENING_S + 90), "rejected", "worse", ended_s=EVENING_S + 900)
     assert new_for(ledger, folder, thorough=True) == 0
     assert ask_when_due(settings, ledger, now_s=EVENING_S + 86_400) == [], "nothing came since"
+    with closing(CorrectionStore(settings.data_dir / "corrections.sqlite", clock=lambda: EVENING_S + 1000)) as store:
+        fill(store, ImageStore(settings.data_dir / "images"), photos=1, project="3")
+    (by_number,) = ask_when_due(settings, ledger, now_s=EVENING_S + 2000)
+    assert not by_number.thorough, "one a night"
+    folder.end(by_number, "published", "better", snapshot_s=EVENING_S + 2000)
+    (asked,) = ask_when_due(settings, ledger, now_s=EVENING_S + 86_400)
+    assert asked.thorough, "and the next one in the next night"
+
+
+def test_thorough_trainings_that_fail_do_not_keep_quick_ones_from_being_due(settings, ledger):
+    settings = settings.model_copy(update={"train_after": 1, "train_at_night": "22-6"})
+    folder = folder_of(settings, "project-3")
+    for hour in (0, 2):
+        status = folder.ask("a test", thorough=True, now_s=EVENING_S + hour * 3600)
+        folder.end(status, "failed", "too slow", ended_s=EVENING_S + hour * 3600 + 60)
+    (asked,) = ask_when_due(settings, ledger, now_s=EVENING_S + 3 * 3600)
+    assert not asked.thorough
+    folder.end(asked, "failed", "a test", ended_s=EVENING_S + 3 * 3600 + 60)
+    assert ask_when_due(settings, ledger, now_s=EVENING_S + 4 * 3600) == [], "both rest"
+    (asked,) = ask_when_due(settings, ledger, now_s=EVENING_S + 4.5 * 3600)
+    assert asked.thorough, "two hours after the second failure"
+
+
+def test_a_thorough_training_asked_for_by_command_is_one_or_says_that_another_is_pending(settings, monkeypatch):
+    monkeypatch.setenv("GRACO_DATA_DIR", str(settings.data_dir))
+    monkeypatch.setattr("ml_backend.logs.configure", lambda *_, **__: None)  # its handler would outlive the test
+    folder = folder_of(settings, "project-3")
+    command = ["start", "--project", "3", "--thorough"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    status = folder.pending()
+    assert status.thorough
+    shown = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["status"]).output
+    assert "asked for by command (thorough)" in " ".join(shown.split())
+    folder.end(status, "cancelled", "a test")
+    request(settings, "project-3", "the button")
+    told = CliRunner().invoke(app, command)
+    assert told.exit_code == 1
+    assert "is not a thorough one" in told.output
 
 
 def test_a_quick_training_that_is_pending_does_not_stand_for_a_thorough_one(settings, ledger):
