@@ -384,7 +384,7 @@ def test_a_training_is_offered_without_new_corrections_where_the_version_that_sh
     folder = folder_of(service.settings, "project-3")
     folder.end(folder.ask("a test", now_s=time.time() + 1), "published", "it won", version=two[0].id)
     text = page(client, "/admin/training")
-    assert "A training would bring nothing now: nothing was corrected since the last training." in text
+    assert "A quick training would bring nothing now: nothing was corrected since the last training." in text
     registry.path(two[0]).write_bytes(b"torn")
     assert "Start a training of project-3" in page(client, "/admin/training")
 
