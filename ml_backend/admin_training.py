@@ -78,7 +78,7 @@ def _look(service: Service, line: str, checked: BoundedCache[bool]) -> _Line:
     folder = folder_of(service.settings, line)
     pending, ended, losses = folder.pending(), folder.history(), folder.losses()
     last = folder.status()
-    last_quick, last_thorough = (last_of(folder, thorough=thorough) for thorough in (False, True))
+    last_quick, last_thorough = (last_of(pending, ended, thorough=thorough) for thorough in (False, True))
     try:
         with ledger(service.settings) as store:
             new: int | None = new_for(store, folder)

@@ -17,7 +17,7 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -198,10 +198,11 @@ def new_for(store: CorrectionStore, trainings: TrainingFolder, *, thorough: bool
     return store.new_since(lines.project_of(trainings.line), seen_s)
 
 
-def last_of(trainings: TrainingFolder, *, thorough: bool) -> TrainingStatus | None:
-    """Return the training of a line that is pending, else the one of a kind that ended last."""
-    ended = (one for one in reversed(trainings.history()) if one.thorough == thorough)
-    return trainings.pending() or next(ended, None)
+def last_of(
+    pending: TrainingStatus | None, ended: Sequence[TrainingStatus], *, thorough: bool
+) -> TrainingStatus | None:
+    """Return the training of a line that is pending, else of those that ended, oldest first, the last of a kind."""
+    return pending or next((one for one in reversed(ended) if one.thorough == thorough), None)
 
 
 def _settled(trainings: TrainingFolder, *, thorough: bool = False) -> TrainingStatus | None:
