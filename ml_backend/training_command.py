@@ -34,7 +34,7 @@ def start(
     wait: Annotated[bool, typer.Option(help="wait until it has come to an end")] = False,
     thorough: Annotated[bool, typer.Option(help="up to four times as long, as at night")] = False,
 ) -> None:
-    """Ask for a training on all corrections of a project; one that is pending is as good, but not for a thorough one."""
+    """Ask for a training on all corrections of a project; one that is pending is as good (not for a thorough one)."""
     settings: Settings = context.obj
     status = request(settings, _line(settings, project), "asked for by command", thorough=thorough)
     print(f"{status.id}: {status.state}")
