@@ -29,7 +29,7 @@ from model.segmenter import Device, EncoderChoice, Speed, load_segmenter, pick_d
 from model.types import MAX_PROPOSALS, Refusal
 
 TIMED_MASKS = 10
-_FORMAT = 4  # of the rows; a new one makes old rows be measured again
+_FORMAT = 5  # of the rows; a new one makes old rows be measured again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

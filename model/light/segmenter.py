@@ -1,11 +1,11 @@
 """The `light` family as a `Segmenter`: one encoder run per image, one decoder pass per click.
 
 With an adapter a prompt with a level or a phrase goes to the ladder decoder, whose pass answers all ten levels and, by
-interpolating them, the shares between (`model.light.ladder.place_of`); from
-the fourth click on it looks closer at small things (`model.light.focus`), and a first click is refined
-(`model.light.refining`). One with neither goes to the base's decoder,
-as if there were no adapter. Without an adapter a level chooses among the base's three masks (tokens 1-3) by rank of
-area: levels 1-3 the smallest, 4-7 the middle, 8-10 the largest.
+interpolating them, the shares between (`model.light.ladder.place_of`). A first click is refined
+(`model.light.refining`), from the fourth on small things are looked at more closely (`model.light.focus`), and what is
+shown after several obeys all of them (`model.light.obeying`). A prompt with neither goes to the base's decoder, as if
+there were no adapter. Without an adapter a level chooses among the base's three masks (tokens 1-3) by rank of area:
+levels 1-3 the smallest, 4-7 the middle, 8-10 the largest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from model.geometry import Fit, FloatMap, Focus, clip_box
-from model.light import focus, refining
+from model.light import focus, obeying, refining
 from model.light.adapter import LadderAdapter, load_ladder
 from model.light.encoder import EncoderRuntime, make_encoder
 from model.light.focus import Look
@@ -519,7 +519,7 @@ class LightSegmenter:
             ranked = sorted(_MULTI, key=lambda token: -state.scores[token])
             shown = [(state.logits[token], state.scores[token], ranks[token]) for token in ranked[:proposals]]
         else:
-            shown = [(*state.answer(prompt), prompt.granularity)]
+            shown = [(*_answer_of(prompt, state), prompt.granularity)]
         found = [
             Proposal(mask=_map_of(encoded, state, logits) > 0, score=score, granularity=granularity)
             for logits, score, granularity in shown
@@ -561,7 +561,7 @@ class LightSegmenter:
 
     def probability(self, encoded: Encoded, prompt: Prompt, state: LightState | LadderState) -> FloatMap:
         """Return the probability map of the chosen mask."""
-        logits = _map_of(encoded, state, state.answer(prompt)[0])
+        logits = _map_of(encoded, state, _answer_of(prompt, state)[0])
         return np.asarray(torch.from_numpy(logits).sigmoid().numpy(), np.float32)
 
 
@@ -577,6 +577,14 @@ def _found(prompt: Prompt, state: LadderState) -> Mask:
 def _logits_of(prompt: Prompt, state: LightState | LadderState) -> FloatMap:
     """Return the logits of the mask that answers `prompt`, 256, 256."""
     return state.answer(prompt)[0]
+
+
+def _answer_of(prompt: Prompt, state: LightState | LadderState) -> tuple[FloatMap, float]:
+    """Return what is shown: the answer's logits, 256, 256, bent to what later clicks of the ladder say, its score."""
+    logits, score = state.answer(prompt)
+    if isinstance(state, LadderState) and len(prompt.clicks) + (prompt.box is not None) > 1:
+        logits = obeying.obeyed(logits, prompt.clicks, state.look)
+    return logits, score
 
 
 def _before(prompt: Prompt) -> Prompt:
