@@ -1,10 +1,10 @@
 """What a click says holds where it lies: a positive one is in the mask, a negative one is not.
 
 The decoder weighs clicks and sometimes decides against one: from the fourth on, against every sixth. What it answers
-is bent around the clicks that it went against, just far enough, and stays as it is everywhere else. Nothing the
-network reads is changed.
+is bent around the clicks that it went against, just far enough, and stays as it is elsewhere. A positive click only
+adds to the mask, a negative one only takes from it. Nothing the network reads is changed.
 
-Source: interpolation of residuals by a Gaussian kernel, as in kriging (docs/adr/0019-clicks-hold.md).
+Source: ours (docs/adr/0019-clicks-hold.md).
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from model.light.focus import Look
 from model.light.network import LOW_RES, SIDE
 from model.types import Click
 
-_REACH = 6.0  # logits along one side: standard deviation of what bends them around a click
-_SURE = 0.5  # the least that a logit under a click is away from 0
-_TOGETHER = 1e-3  # of a residual that may be left, so that clicks on one place can be solved for
+_REACH = 6.0  # logits along one side: standard deviation of what bends them around a click, at most
+_LEAST_REACH = 1.0
+_NEAREST = 3.0  # reaches that the nearest opposite click is away at least, so that one does not undo the other
+_HELD = 0.1  # a logit under a click this far on its side holds in the image's own pixels, too
+_SURE = 0.5  # what a bent one gets
+_ROUNDS = 4  # each click is looked at so often, as one that is bent may bend its neighbour
 
 
 def obeyed(logits: FloatMap, clicks: Sequence[Click], look: Look) -> FloatMap:
     """Return logits that have the sign that each click says at its pixel.
 
-    Clicks outside the look are none of its matter; what is unlike at one place (opposite clicks within a few logits
-    of each other) is met as nearly as it goes.
+    Opposite clicks within three logits of each other, or in one pixel, are met as nearly as it goes; clicks outside
+    the look are passed over.
 
     Args:
         logits: of a mask, 256, 256, in the square of `look`; returned as they are where no click is against them.
@@ -42,20 +45,30 @@ def obeyed(logits: FloatMap, clicks: Sequence[Click], look: Look) -> FloatMap:
     places = look.fit.to_square(pixels - corner) * (LOW_RES / SIDE) - 0.5  # x and y, logits
     places = places.clip(0, LOW_RES - 1)
     signs = np.array([1.0 if click.positive else -1.0 for click in seen])
-    there = _at(logits, places) * signs
-    if (there > 0).all():
-        return logits
-    missing = (_SURE - there).clip(0) * signs
-    apart = ((places[:, None] - places[None]) ** 2).sum(axis=-1)
-    weights = np.linalg.solve(np.exp(-apart / (2 * _REACH**2)) + _TOGETHER * np.eye(len(seen)), missing)
-    across, down = np.exp(-((np.arange(LOW_RES) - places.T[..., None]) ** 2) / (2 * _REACH**2))  # clicks, 256
-    return np.asarray(logits + (down * weights[:, None]).T @ across, np.float32)
+    reaches = _reaches(places, signs)
+    bent = logits
+    for _ in range(_ROUNDS):
+        before = bent
+        for place, sign, reach in zip(places, signs, reaches, strict=True):
+            if _at(bent, place) * sign < _HELD:
+                across, down = (np.exp(-((np.arange(LOW_RES) - middle) ** 2) / (2 * reach**2)) for middle in place)
+                bump = down[:, None] * across
+                bent = bent + bump * ((_SURE * sign - _at(bent, place)) / _at(bump, place))
+        if bent is before:
+            break
+    return np.asarray(bent, np.float32)
 
 
-def _at(logits: FloatMap, places: FloatMap) -> FloatMap:
-    """Return logits at places N, 2, x and y, each between the four around it."""
-    low = np.minimum(places.astype(int), LOW_RES - 2)
-    (x, y), (right, down) = low.T, (places - low).T
-    above = logits[y, x] * (1 - right) + logits[y, x + 1] * right
-    below = logits[y + 1, x] * (1 - right) + logits[y + 1, x + 1] * right
-    return np.asarray(above * (1 - down) + below * down, np.float32)
+def _reaches(places: FloatMap, signs: FloatMap) -> FloatMap:
+    """Return how far each click bends, in logits; `places` are N, 2, `signs` 1 or -1."""
+    apart = np.sqrt(((places[:, None] - places[None]) ** 2).sum(axis=-1))
+    nearest = np.where(signs[:, None] != signs[None], apart, np.inf).min(axis=1)
+    return np.asarray((nearest / _NEAREST).clip(_LEAST_REACH, _REACH), np.float32)
+
+
+def _at(logits: FloatMap, place: FloatMap) -> float:
+    """Return the logit at a place, x and y, between the four around it."""
+    x, y = np.minimum(place.astype(int), LOW_RES - 2)
+    right, down = place - (x, y)
+    above, below = logits[y : y + 2, x : x + 2] @ np.array([1 - right, right])
+    return float(above * (1 - down) + below * down)

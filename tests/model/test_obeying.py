@@ -83,11 +83,35 @@ def test_it_is_bent_around_the_click_alone():
     assert max(np.hypot(rows - 127.5, columns - 127.5)) < 25
 
 
-def test_a_click_that_already_held_is_not_lost_to_its_neighbour():
-    logits = np.full((256, 256), 3, np.float32)
-    kept, taken = Click(x=320, y=320, positive=True), Click(x=340, y=320, positive=False)  # eight logits apart
-    mask = pasted(obeyed(logits, [kept, taken], whole(640, 640)), whole(640, 640), 640, 640) > 0
-    assert not against([kept, taken], mask)
+def disc() -> np.ndarray:
+    """Return logits that find a disc of 40 logits around the middle, 8 inside and -8 outside."""
+    y, x = np.mgrid[:256, :256]
+    return np.where(np.hypot(y - 127.5, x - 127.5) < 40, 8, -8).astype(np.float32)
+
+
+@pytest.mark.parametrize(("apart", "taken"), [(0.5, 30), (1, 30), (2, 30), (4, 30), (8, 40)])
+def test_opposite_clicks_side_by_side_bend_nothing_far_away(apart, taken):
+    clicks = [Click(x=320, y=320, positive=True), Click(x=320 + 2.5 * apart, y=320, positive=False)]
+    logits, look = disc(), whole(640, 640)
+    bent = obeyed(logits, clicks, look)
+    assert np.count_nonzero((bent > 0) != (logits > 0)) <= taken
+    rows, columns = np.nonzero(np.abs(bent - logits) > 0.5)
+    assert max(np.hypot(rows - 127.5, columns - 127.5), default=0) < 12 + apart
+    assert np.abs(bent - logits).max() < 20
+    if apart >= 4:
+        assert not against(clicks, pasted(bent, look, 640, 640) > 0)
+
+
+@pytest.mark.parametrize("positive", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_positive_clicks_only_add_and_negative_ones_only_take(positive, seed):
+    rng = np.random.default_rng(seed)
+    logits, look = hilly(rng), whole(480, 640)
+    clicks = [Click(x=c.x, y=c.y, positive=positive) for c in scattered(look, rng)]
+    clicks += [replace(c, x=min(c.x + 9, 639)) for c in clicks[:5]]
+    bent = obeyed(logits, clicks, look)
+    assert bent is not logits, "else there is nothing to see"
+    assert not ((bent < logits) if positive else (bent > logits)).any()
 
 
 def test_opposite_clicks_on_one_place_and_the_same_click_again_are_no_fault():
