@@ -305,7 +305,7 @@ def _keep_if_same(folder: Path, plan: dict[str, Any]) -> None:
         for name in ("checkpoint.pt", "trained.safetensors"):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / _VIEWS, ignore_errors=True)
-    path.write_text(text)
+    write_whole(path, text)
 
 
 def _end_with(registry: AdapterRegistry, watch: _Watch, version: AdapterVersion) -> TrainingStatus:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from active_learning.dataset import PLAIN, EmbeddingFiles, Sampler, TrainingPhoto, photos_of, views_of
+from active_learning.folders import write_whole
 from active_learning.status import SHORT
 from active_learning.train import TrainingConfig, fine_tune, plain_state, prepare, prepare_tail
 from active_learning.train_graco import GracoCourse, SteeredNetwork, untrained
@@ -311,7 +312,7 @@ def _with_fewer_clicks(training: AnyCourse, folder: Path, why: Exception | None 
     reason = f" ({said})" if said else ""
     log.warning("memory ran out%s: training begins anew with %d clicks a step", reason, training.clicks)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
-    (folder / _CLICKS).write_text(str(training.clicks))
+    write_whole(folder / _CLICKS, str(training.clicks))
     return training
 
 

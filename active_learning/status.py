@@ -66,7 +66,11 @@ class TrainingFolder:
         self.line = line
 
     def ask(self, reason: str, *, thorough: bool = False, now_s: float | None = None) -> TrainingStatus:
-        """Return the pending request, made now unless there is one."""
+        """Return the pending request, made now unless there is one that goes on.
+
+        One that was cancelled and that no process works on ends here; one that is being worked on is returned, though
+        it will end: see `cancelled`.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         now_s = time.time() if now_s is None else now_s
         name = f"train-{self.line}-{int(now_s * 1000)}"
@@ -81,6 +85,8 @@ class TrainingFolder:
                 except FileExistsError:
                     pending = self.pending()
                     if pending is not None:
+                        if self.end_cancelled():
+                            continue
                         return pending
                     if _read(self._request) is None:  # ended just now, or unreadable after a crash of the machine
                         self._request.unlink(missing_ok=True)
@@ -162,6 +168,17 @@ class TrainingFolder:
         if pending is not None:
             (self.folder / "cancel").touch()
         return pending
+
+    def end_cancelled(self) -> bool:
+        """End the pending training if it was cancelled and no process works on it; return whether that was so."""
+        if not self.cancelled:
+            return False
+        with self.alone() as ours:
+            pending = self.pending()
+            if not ours or pending is None or not self.cancelled:
+                return False
+            self.end(pending, "cancelled", "it was cancelled while nobody worked on it")
+            return True
 
     @property
     def cancelled(self) -> bool:

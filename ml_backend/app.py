@@ -6,7 +6,9 @@ and a sentence, since Label Studio shows an annotator nothing of errors; one we 
 
 from __future__ import annotations
 
+import errno
 import logging
+import sqlite3
 import threading
 import time
 from functools import partial
@@ -287,6 +289,13 @@ def create_app(service: Service) -> Flask:
 
     @app.errorhandler(Exception)
     def broken(error: Exception) -> Response:
+        if _is_full(error):
+            where = service.settings.data_dir.resolve()
+            log.error("%s could not write (%s): the disk of %s is full", _route(), error, where)
+            said = f"the disk of {where} is full, so nothing of this was kept: make room there"
+            return _json(
+                {"error": f"{said}; annotations so missed are fetched by: python -m ml_backend reconcile"}, 507
+            )
         log.error("%s failed with an error of our own", _route(), exc_info=error)
         return _json({"error": f"internal error {logs.request_id.get()}; the log has the details under this id"}, 500)
 
@@ -298,6 +307,12 @@ def create_app(service: Service) -> Flask:
 def _route() -> str:
     """Return the rule that a request fell under; its path may hold anything."""
     return request.url_rule.rule if request.url_rule else "unknown"
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, sqlite3.OperationalError):
+        return error.sqlite_errorcode == sqlite3.SQLITE_FULL
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _json(body: object, status: int = 200) -> Response:

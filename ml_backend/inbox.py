@@ -25,8 +25,13 @@ from active_learning.databases import all_or_nothing, open_whole
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""How often an event is tried before a person has to ask for it again (`reconcile --retry`)."""
+"""How often an event is tried until it counts as failed: tried every six hours, or when asked (`reconcile --retry`)."""
+SETTLE_S = 20.0
+"""An event that came so recently is on its way by itself."""
 _PATIENCE = 10  # each further attempt waits so many times longer
+_AGAIN_S = 6 * 3600.0
+_AGAIN_UNTIL_S = 14 * 86400.0  # since it came
+_DEADLY = 1000  # attempts of an event that is never tried again by itself
 _KEEP_DONE_S = 7 * 86400.0
 _LONGEST_ERROR = 500  # characters
 _SCHEMA = """
@@ -149,19 +154,46 @@ class Inbox:
             )
         return self.state(key) == "undone"
 
-    def undone(self, limit: int, older_than_s: float) -> list[str]:
+    def give_up(self, key: str, error: str) -> None:
+        """Note that nothing is to try an event again until a person asks for it: it ends what tries it."""
+        with self._writing() as db:
+            db.execute(
+                "UPDATE events SET attempts = ?, touched_s = ?, error = ?, state = 'failed'"
+                " WHERE key = ? AND state != 'done'",
+                (_DEADLY, time.time(), error[:_LONGEST_ERROR], key),
+            )
+
+    def undone(self, limit: int, older_than_s: float, *, failed_s: float | None = None) -> list[str]:
         """Return the keys of events to act on, oldest first.
 
         Args:
             limit: how many at most.
-            older_than_s: that long ago they came; ten times as long after a failure, and again after the next.
+            older_than_s: that long ago they came.
+            failed_s: a tenth of how long ago one failed that failed once; one that failed twice ten times as long ago.
+                None: as `older_than_s`.
         """
         query = (
-            "SELECT key FROM events WHERE state = 'undone' AND touched_s <= ? - ? * (CASE attempts WHEN 0 THEN 1"
-            f" WHEN 1 THEN {_PATIENCE} ELSE {_PATIENCE**2} END) ORDER BY received_s LIMIT ?"
+            "SELECT key FROM events WHERE state = 'undone' AND touched_s <= ? - (CASE attempts WHEN 0 THEN ?"
+            f" WHEN 1 THEN {_PATIENCE} * ? ELSE {_PATIENCE**2} * ? END) ORDER BY received_s LIMIT ?"
         )
-        with self._lock, closing(self._db.execute(query, (time.time(), older_than_s, limit))) as rows:
+        failed_s = older_than_s if failed_s is None else failed_s
+        facts = time.time(), older_than_s, failed_s, failed_s, limit
+        with self._lock, closing(self._db.execute(query, facts)) as rows:
             return [key for (key,) in rows]
+
+    def try_again(self) -> int:
+        """Have events that failed six hours ago tried once more, for two weeks; return how many there are.
+
+        What they need may be back by then: a photo's host, or a token that is accepted.
+        """
+        now_s = time.time()
+        with self._writing() as db:
+            reopened = db.execute(
+                "UPDATE events SET state = 'undone', attempts = ? WHERE state = 'failed' AND attempts < ?"
+                " AND touched_s < ? AND received_s > ?",
+                (ATTEMPTS - 1, _DEADLY, now_s - _AGAIN_S, now_s - _AGAIN_UNTIL_S),
+            )
+            return reopened.rowcount
 
     def retry(self) -> int:
         """Have all events that were given up tried again; return how many there are."""

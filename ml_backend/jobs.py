@@ -31,6 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -40,12 +41,13 @@ from rq.executions import Execution
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.timeouts import JobTimeoutException
+from rq.utils import utcparse
 
 from ml_backend import logs, metrics
 from ml_backend.answers import Answer
 from ml_backend.connections import NOT_CONNECTED
 from ml_backend.images import TaskImage
-from ml_backend.inbox import Inbox
+from ml_backend.inbox import SETTLE_S, Inbox
 from ml_backend.settings import Settings
 from model import heap
 from model.types import Refusal
@@ -68,9 +70,9 @@ _KEEP_RECEIVED_S = 30 * 86400  # an event of another machine that could not be w
 _INGEST_SPARE_S = 30  # of an event beyond the time to fetch its image
 _DRAIN_S = 30.0
 _MOST_DEATHS = 3  # of workers at one job
-_SETTLE_S = 20.0  # an event that came so recently is on its way by itself
 _MOST_DRAINED = 10_000
 _WORKER_TTL_S = 45  # rq's idle worker reports 15 s before, and is forgotten a minute after
+_CLOCK_S = 5.0  # that a worker may seem to have begun before its process
 _SPARE_S = 15  # of a job on another machine beyond its limit
 _REDO_ALL_S = 6 * 3600.0  # between reconciliations that look at every task, not at those that changed
 _SCORE_AGAIN_S = 3600.0  # between scorings by the same version: tasks came, and others were corrected
@@ -295,7 +297,7 @@ def enqueue_scores(settings: Settings, connection: redis.Redis) -> None:
             _enqueue(_queue(CORRECTIONS, connection), score, [int(file.stem)], job_id, limit_s=_SCORE_LIMIT_S)
 
 
-def drain(settings: Settings, connection: redis.Redis, *, inbox: Inbox, older_than_s: float = _SETTLE_S) -> int:
+def drain(settings: Settings, connection: redis.Redis, *, inbox: Inbox, older_than_s: float = SETTLE_S) -> int:
     """Queue what the inbox holds undone and nobody is at, and return how much it is.
 
     Events of other machines that could not be written are tried again, too.
@@ -376,8 +378,7 @@ def _give_up(settings: Settings, job: Job, inbox: Inbox) -> None:
     if key is None:
         log.error("%s; it is dropped", why)
         return
-    while inbox.failed(key, why):
-        pass
+    inbox.give_up(key, why)
     log.error("%s; run 'reconcile --retry' once it is mended", why)
 
 
@@ -386,18 +387,21 @@ def _is_at_work(connection: redis.Redis, execution: Execution, job: Job) -> bool
     age_s = time.time() - execution.created_at.timestamp()
     if not execution.worker_name or age_s > (job.timeout or _LIMIT_S) + _SPARE_S:
         return False
-    host, pid = connection.hmget(f"{Worker.redis_worker_namespace_prefix}{execution.worker_name}", "hostname", "pid")
+    key = f"{Worker.redis_worker_namespace_prefix}{execution.worker_name}"
+    host, pid, birth = connection.hmget(key, "hostname", "pid", "birth")
     if host is None or pid is None:
         return False
     if host != socket.gethostname().encode():
         return True
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
+        began_s = psutil.Process(int(pid)).create_time()
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        pass
-    return True
+    # a container that starts again has its host name and process numbers again
+    return (
+        birth is None
+        or began_s <= utcparse(birth.decode() if isinstance(birth, bytes) else birth).timestamp() + _CLOCK_S
+    )
 
 
 def _queue(name: str, connection: redis.Redis) -> Queue:
@@ -644,10 +648,11 @@ def _keep_up(settings: Settings, stop: threading.Event) -> None:
             return
 
 
-def _look_after(settings: Settings, *, older_than_s: float = _SETTLE_S) -> None:
+def _look_after(settings: Settings, *, older_than_s: float = SETTLE_S) -> None:
     assert settings.redis_url is not None, "a worker runs where there is a Redis"
     with connect(settings.redis_url) as connection, closing(Inbox(settings.data_dir / "inbox.sqlite")) as inbox:
         inbox.prune()
+        inbox.try_again()
         drain(settings, connection, inbox=inbox, older_than_s=older_than_s)
         enqueue_scores(settings, connection)
 

@@ -99,14 +99,15 @@ def reconcile(
     return Reconciled(projects=connected, added=added, deleted=deleted, ids=tuple(looked))
 
 
-def take_in(intake: Intake, report: Callable[[int, int], None] | None = None) -> None:
+def take_in(intake: Intake, report: Callable[[int, int], None] | None = None, *, failed_s: float | None = None) -> None:
     """Act on all events of the inbox that are undone, in this process.
 
     Args:
         intake: whose inbox.
         report: is called with how many were acted on and how many there are.
+        failed_s: leaves out those that failed lately, as `Inbox.undone` has it; None: they are tried as well.
     """
-    waiting = intake.inbox.undone(1_000_000, 0)
+    waiting = intake.inbox.undone(1_000_000, 0, failed_s=failed_s)
     place = 0
     while place < len(waiting):
         waiting += ingest(intake, waiting[place])

@@ -81,8 +81,15 @@ def request(settings: Settings, line: str, reason: str, *, thorough: bool = Fals
     """Ask for a training, unless one of this line is pending, and return the one that is pending then.
 
     The worker looks every other second; no Redis is asked.
+
+    Raises:
+        Refusal: the one that is pending was cancelled, and has not come to its end yet.
     """
-    return folder_of(settings, line).ask(reason, thorough=thorough)
+    trainings = folder_of(settings, line)
+    status = trainings.ask(reason, thorough=thorough)
+    if trainings.cancelled:
+        raise Refusal(f"{status.id} was cancelled and ends at its next step; ask again in a moment")
+    return status
 
 
 def requeue(settings: Settings, connection: redis.Redis) -> list[TrainingStatus]:
@@ -98,6 +105,9 @@ def requeue(settings: Settings, connection: redis.Redis) -> list[TrainingStatus]
         status = trainings.pending()
         if status is None or trainings.locked:  # it runs, perhaps as the child of a worker that died
             continue
+        with contextlib.suppress(OSError):  # no room to write that it ended: the next look does
+            if trainings.end_cancelled():
+                continue
         if lacks_room(settings):
             if status.said != _waits(settings):
                 log.error("training %s %s", status.id, _waits(settings))
@@ -369,6 +379,7 @@ def _limit_memory(wanted: int) -> None:
 
 def _take_in(settings: Settings, status: TrainingStatus) -> None:
     """Have everything in the ledger that was submitted: what webhooks lost, and what waits in the inbox."""
+    from ml_backend.inbox import SETTLE_S
     from ml_backend.ingest import open_intake
     from ml_backend.reconcile import reconcile, take_in
 
@@ -380,7 +391,7 @@ def _take_in(settings: Settings, status: TrainingStatus) -> None:
                 reconcile(settings, intake, project=None if project is None else int(project))
             except Refusal as refusal:
                 log.warning("training %s goes by what webhooks brought: %s", status.id, refusal)
-        take_in(intake)
+        take_in(intake, failed_s=SETTLE_S)  # a training that is tried again shall not use up their attempts
     finally:
         intake.close()
 

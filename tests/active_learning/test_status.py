@@ -69,6 +69,30 @@ def test_cancelling_reaches_the_pending_training_only(trainings):
     assert not trainings.cancelled
 
 
+def test_asking_after_a_cancel_asks_for_another_training(trainings):
+    first = trainings.ask("the button", now_s=1000.0)
+    trainings.cancel()
+    second = trainings.ask("the button again", thorough=True, now_s=2000.0)
+    assert second.id != first.id
+    assert second.thorough
+    assert not trainings.cancelled
+    assert trainings.pending() == second
+    assert [(status.id, status.state) for status in trainings.history()] == [(first.id, "cancelled")]
+
+
+def test_a_cancelled_training_that_is_worked_on_is_left_to_who_works_on_it(trainings):
+    first = trainings.ask("the button", now_s=1000.0)
+    trainings.cancel()
+    with trainings.alone() as ours:
+        assert ours
+        assert not trainings.end_cancelled()
+        assert trainings.ask("the button again", now_s=2000.0).id == first.id
+        assert trainings.cancelled, "it ends at its next step"
+        assert not trainings.history()
+    assert trainings.end_cancelled()
+    assert not trainings.end_cancelled(), "once"
+
+
 def test_the_lock_of_a_killed_process_is_free_at_once(trainings):
     code = (
         "import sys, time; from pathlib import Path; from active_learning.status import TrainingFolder\n"

@@ -87,6 +87,39 @@ def test_a_failure_is_tried_again_later_and_later_and_then_given_up_until_someon
     assert inbox.counts() == {"undone": 0, "done": 1, "failed": 0}
 
 
+def test_what_failed_lately_can_be_left_out_while_what_is_new_is_not(inbox, path):
+    failed, new = inbox.add(body(1), "A"), inbox.add(body(2), "A")
+    assert inbox.failed(failed, "the image is not there")
+    assert inbox.undone(10, 0, failed_s=20) == [new]
+    aged(path, 201)
+    assert inbox.undone(10, 0, failed_s=20) == [failed, new]
+
+
+def test_what_failed_is_tried_once_more_every_six_hours_for_two_weeks(inbox, path):
+    key = inbox.add(body(), "A")
+    for _ in range(ATTEMPTS):
+        inbox.failed(key, "the image is not there")
+    assert inbox.try_again() == 0
+    for _ in range(2):
+        aged(path, 6 * 3600 + 1)
+        assert inbox.try_again() == 1
+        assert inbox.undone(10, 20) == [key]
+        assert not inbox.failed(key, "still not"), "one attempt"
+    aged(path, 14 * 86400)
+    assert inbox.try_again() == 0
+    assert inbox.retry() == 1, "a person can still ask"
+
+
+def test_what_ends_those_who_try_it_is_never_tried_again_by_itself(inbox, path):
+    key = inbox.add(body(), "A")
+    inbox.give_up(key, "three workers died")
+    assert inbox.failures() == [(key, "A", "three workers died")]
+    aged(path, 7 * 3600)
+    assert inbox.try_again() == 0
+    assert inbox.retry() == 1
+    assert inbox.undone(10, 0) == [key]
+
+
 def test_regions_are_counted_once_however_often_an_event_is_done(inbox):
     first, second = inbox.add(body(1), "A"), inbox.add(body(2), "A")
     for _ in range(2):

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import redis
@@ -14,6 +15,7 @@ from rq import Queue, SimpleWorker
 from rq.job import JobStatus
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
+from rq.utils import utcformat
 
 import ml_backend.jobs
 from ml_backend.app import create_app
@@ -261,6 +263,24 @@ def test_a_job_is_taken_from_a_worker_that_is_gone_and_from_no_other(
     assert requeue_abandoned(settings, connection, inbox=inbox) == again
     assert corrections.get_job_ids() == ["ingest-k"] * again
     assert len(corrections.started_job_registry.get_job_ids(cleanup=False)) == 1 - again
+
+
+def test_a_worker_whose_number_went_to_a_later_process_is_gone_as_in_a_container_that_starts_again(
+    tmp_path, label_studio, inbox, connection
+):
+    settings = settings_for(tmp_path / "data", label_studio)
+    enqueue_ingest(settings, connection, keys=["k"])
+    corrections = queue(connection, CORRECTIONS)
+    other = SimpleWorker([corrections], connection=connection, serializer=JSONSerializer)
+    other.register_birth()
+    job = corrections.fetch_job(connection.lpop(corrections.key).decode())
+    other.prepare_execution(job)
+    other.prepare_job_execution(job)
+    assert requeue_abandoned(settings, connection, inbox=inbox) == 0, "this process is as old as its worker says"
+    earlier = datetime.now(UTC) - timedelta(hours=3)
+    connection.hset(other.key, "birth", utcformat(earlier))
+    assert requeue_abandoned(settings, connection, inbox=inbox) == 1
+    assert corrections.get_job_ids() == ["ingest-k"]
 
 
 def die_at(connection, name, job_id):

@@ -43,6 +43,7 @@ from ml_backend.trainings import (
     train,
     why_not,
 )
+from model.types import Refusal
 from tests.active_learning.test_cycle import fill
 from tests.conftest import ROOT
 from tests.ml_backend.conftest import wait_until
@@ -130,6 +131,29 @@ def test_while_a_process_holds_the_line_nothing_is_queued(settings, connection):
     request(settings, "project-3", "the button")
     with folder_of(settings, "project-3").alone():
         assert requeue(settings, connection) == []
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_queued_training_that_is_cancelled_ends_though_no_worker_is_free_or_the_disk_is_full(
+    settings, connection, monkeypatch, full
+):
+    monkeypatch.setattr("ml_backend.trainings.lacks_room", lambda settings: full)
+    status = request(settings, "project-3", "the button")
+    requeue(settings, connection)
+    folder = folder_of(settings, "project-3")
+    folder.cancel()
+    assert requeue(settings, connection) == []
+    assert folder.pending() is None
+    assert [(one.id, one.state) for one in folder.history()] == [(status.id, "cancelled")]
+
+
+def test_asking_while_a_cancelled_training_still_ends_says_so(settings):
+    status = request(settings, "project-3", "the button")
+    folder = folder_of(settings, "project-3")
+    folder.cancel()
+    with folder.alone(), pytest.raises(Refusal, match=f"{status.id} was cancelled and ends at its next step"):
+        request(settings, "project-3", "the button again")
+    assert request(settings, "project-3", "and again").id != status.id
 
 
 def test_an_error_of_our_own_is_tried_three_times_and_then_told(settings, connection, monkeypatch):

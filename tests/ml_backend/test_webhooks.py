@@ -118,12 +118,13 @@ def test_a_redis_that_is_gone_or_hangs_costs_a_webhook_nothing(make_service, cap
 def test_an_event_that_cannot_be_written_down_is_not_acknowledged(quiet, quiet_client, caplog):
     pages = quiet.inbox._db.execute("PRAGMA page_count").fetchone()[0]
     quiet.inbox._db.execute(f"PRAGMA max_page_count = {pages}")
-    statuses = set()
-    for number in range(50):
-        event = recorded("41") | {"number": number}
-        statuses.add(send(quiet_client, event).status_code)
-    assert 500 in statuses
-    assert "full" in caplog.text
+    answers = [send(quiet_client, recorded("41") | {"number": number}) for number in range(50)]
+    refused = [answer for answer in answers if answer.status_code != 201]
+    assert {answer.status_code for answer in refused} == {507}
+    assert "is full, so nothing of this was kept: make room there" in refused[0].json["error"]
+    assert "reconcile" in refused[0].json["error"]
+    assert "is full" in caplog.text
+    assert "Traceback" not in caplog.text
     assert quiet_client.get("/health").status_code == 200
 
 
