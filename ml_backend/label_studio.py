@@ -242,9 +242,10 @@ def read_corrections(
 
     Results with one id are one region: a brush, bitmask, polygon, rectangle or ellipse; a line (`<Vector>`) is left
     out. Those that we gave as parts of one proposal (an object behind a pole is two polygons) are one region as long as
-    they have one class. Its level is that of the answer it came from, else a number or level label of its own, else the
-    per-task number; its phrase is typed on it, else the one that was answered for. A box of a smart tag asks for a mask
-    and is none, unless the image has no other tag. Nothing larger than an image of `max_pixels` is ever held.
+    they have one class. Its level is that of the answer it came from, unless its shape was changed and a number tag on
+    it says another; else a number or level label of its own, else the per-task number. Its phrase is typed on it, else
+    the one that was answered for. A box of a smart tag asks for a mask and is none, unless the image has no other tag.
+    Nothing larger than an image of `max_pixels` is ever held.
 
     Args:
         annotation: as webhooks and the API carry it, with its whole `result`.
@@ -361,7 +362,7 @@ def _submitted(
         width=width,
         mask=rle,
         label=_class_of(config, group),
-        granularity=_level_of(config, group, slider, answer),
+        granularity=_level_of(config, group, slider, answer, unchanged=unchanged),
         phrase=_phrase_of(config, group, answer),
         clicks=_clicks(answer),
         kind=_kind(group.anchor.get("origin"), known=answer is not None, unchanged=unchanged),
@@ -451,14 +452,19 @@ def _class_of(config: LabelConfig, group: _Group) -> str:
     return ""
 
 
-def _level_of(config: LabelConfig, group: _Group, slider: Json, answer: Answer | None) -> float | None:
-    """Return the answer's own level first: on accepting, the editor puts the click's label in place of ours."""
-    if answer is not None and answer.granularity is not None:
-        return answer.granularity
+def _level_of(
+    config: LabelConfig, group: _Group, slider: Json, answer: Answer | None, *, unchanged: bool
+) -> float | None:
+    """Return the answer's own level first: on accepting, the editor puts the click's label in place of ours.
+
+    A number on a region whose shape was changed is the annotator's word on what it is now.
+    """
     try:
-        return _level(config, [group], slider).value
+        level = _level(config, [group], slider)
     except Refusal:
-        return None
+        level = _Level(None, None)
+    asked = None if answer is None else answer.granularity
+    return level.value if asked is None or (level.source == "number" and not unchanged) else asked
 
 
 def _phrase_of(config: LabelConfig, group: _Group, answer: Answer | None) -> str | None:

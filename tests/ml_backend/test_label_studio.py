@@ -1096,6 +1096,26 @@ def test_without_an_answer_the_level_is_the_regions_own_and_else_the_tasks_slide
     assert only(submitted(mask, slider | {"value": {"number": 40}}, config=config)).granularity is None
 
 
+def test_a_number_on_a_mask_that_was_changed_is_its_level_and_on_one_that_was_not_the_answers_stays():
+    proposed, drawn = painted(blob(right=12)), painted(blob())
+    answers = {"r1": remembered(proposed, granularity=0.3)}
+
+    def with_number(value, given):
+        number = region(value) | {
+            "type": "number",
+            "from_name": "granularity_value",
+            "value": value | {"number": given},
+        }
+        return only(submitted(region(value), number, answers=answers)).granularity
+
+    assert with_number(drawn, 1.0) == 1.0
+    assert with_number(drawn, 0.3) == 0.3
+    assert with_number(proposed, 1.0) == 0.3, "it was not looked at again after the slider had moved"
+    assert with_number(drawn, 40) == 0.3, "what is no share says nothing"
+    chosen = region(drawn) | {"type": "labels", "from_name": "granularity", "value": drawn | {"labels": ["1.0"]}}
+    assert only(submitted(region(drawn), chosen, answers=answers)).granularity == 0.3, "the editor puts labels there"
+
+
 def test_a_phrase_typed_on_the_mask_is_the_masks():
     mask = region(painted(blob()))
     typed = {"id": "r1", "type": "textarea", "from_name": "phrase", "value": {"text": [" the  left eye "]}}
