@@ -202,7 +202,10 @@ class ActiveVersions:
         self._look(name)
 
     def _get(self, name: str, version: str) -> Serving | None:
-        """Return what is in effect, loaded now if it was not yet or was forgotten; None if that fails."""
+        """Return what is in effect, loaded now if it was not yet or was forgotten.
+
+        If that fails it is what served the line before; None: nothing did that can be loaded.
+        """
         with self._lock:
             if (name, version) in self._loaded:
                 self._loaded.move_to_end((name, version))
@@ -210,10 +213,23 @@ class ActiveVersions:
         try:
             return self.load(name, version)
         except Exception as error:
+            earlier = self._earlier(name, version)
             with self._lock:
                 line = self._lines[name]
-                line.version = None if line.version == version else line.version
+                if line.version == version:
+                    line.version = None if earlier is None else earlier[0]
                 self._blame(line, name, version, error)
+            return None if earlier is None else earlier[1]
+
+    def _earlier(self, name: str, version: str) -> tuple[str, Serving] | None:
+        """Return what served a line before a version that cannot be loaded: its id, and it loaded. None: nothing did."""
+        try:
+            way = self._registry.way_back(name)
+            if way is None or way.was != version or way.now is None:
+                return None
+            return way.now.id, self.load(name, way.now.id)
+        except Exception as error:
+            log.warning("line %s: what served before %s cannot be loaded either: %s", name, version, error)
             return None
 
     def load(self, name: str, version: str) -> Serving:

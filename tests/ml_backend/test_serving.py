@@ -203,6 +203,26 @@ def test_a_process_that_starts_with_a_damaged_version_is_served_by_the_next_line
     assert "damaged" in client.get("/health").json["warning"]
 
 
+def test_a_process_that_starts_with_a_damaged_version_is_served_by_the_one_before_it(
+    make_service, registry, trained, monkeypatch
+):
+    monkeypatch.setattr(ml_backend.serving, "_RETRY_S", 0.1)
+    publish(registry, "shared", trained[2])
+    good, bad = (publish(registry, "project-3", trained[n]) for n in range(2))
+    whole = registry.path(bad).read_bytes()
+    spoil(registry, bad, "truncated")
+    client = create_app(make_service()).test_client()
+    assert answer(client)["model_version"] == name(registry, good)
+    time.sleep(0.8)  # it is tried again meanwhile
+    assert setup(client) == answer(client)["model_version"] == name(registry, good)
+    warning = client.get("/health").json["warning"]
+    assert "damaged" in warning
+    assert "what served before goes on" in warning
+    registry.path(bad).write_bytes(whole)
+    wait_until(lambda: answer(client)["model_version"] == name(registry, bad))
+    wait_until(lambda: "warning" not in client.get("/health").json)
+
+
 def test_versions_used_longest_ago_are_forgotten_and_loaded_again(make_service, registry, trained, monkeypatch):
     monkeypatch.setattr(ml_backend.serving, "_KEPT", 2)
     versions = [publish(registry, f"project-{n}", trained[n % 3]) for n in range(1, 5)]
