@@ -222,7 +222,7 @@ class ActiveVersions:
             return None if earlier is None else earlier[1]
 
     def _earlier(self, name: str, version: str) -> tuple[str, Serving] | None:
-        """Return what served a line before a version that cannot be loaded: its id, and it loaded. None: nothing did."""
+        """Return what served a line before a version that cannot be loaded: its id, and it loaded; None: nothing."""
         try:
             way = self._registry.way_back(name)
             if way is None or way.was != version or way.now is None:

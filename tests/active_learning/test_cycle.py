@@ -218,7 +218,8 @@ def test_a_snapshot_taken_stays_the_same_when_corrections_come_in_meanwhile(plac
     assert place.store.snapshot("3").id != before
 
 
-_CHILD = """
+_TRAINER = """
+import os
 import sys
 from pathlib import Path
 from dataclasses import replace
@@ -228,7 +229,6 @@ from active_learning.corrections import CorrectionStore
 from active_learning.cycle import Limits, Workplace, run
 from active_learning.images import ImageStore
 from active_learning.registry import AdapterRegistry
-from active_learning.snapshots import HOLD_OUT, TRAIN, annotated, of_split, write_snapshot
 from active_learning.status import TrainingFolder
 from model.annotations import read_annotations
 from model.segmenter import BUNDLED, BUNDLED_ADAPTER, load_segmenter
@@ -236,43 +236,68 @@ from tests.active_learning.test_cycle import EASY, QUICK
 folder, data, embeddings = map(Path, sys.argv[1:4])
 segmenter = load_segmenter("light", BUNDLED, encoder="exact", device="cpu")
 found = read_annotations(data / "strip")
-place = Workplace(store=CorrectionStore(folder / "corrections.sqlite"), images=ImageStore(folder / "images"),
-    registry=AdapterRegistry(folder / "adapters", base=segmenter.digest), segmenter=segmenter, embeddings=embeddings,
-    configured=BUNDLED_ADAPTER, bundled=BUNDLED_ADAPTER, replay=found, reference=found)
 trainings = TrainingFolder(folder / "trainings", "project-3")
-with trainings.alone() as ours:
-    print("ready", flush=True)
-    run(place, trainings, trainings.pending(), config=replace(QUICK, fewest_steps=12, most_steps=12), margins=EASY,
-        limits=Limits(precision="no"))
+
+def train():
+    place = Workplace(store=CorrectionStore(folder / "corrections.sqlite"), images=ImageStore(folder / "images"),
+        registry=AdapterRegistry(folder / "adapters", base=segmenter.digest), segmenter=segmenter,
+        embeddings=embeddings, configured=BUNDLED_ADAPTER, bundled=BUNDLED_ADAPTER, replay=found, reference=found)
+    config = replace(QUICK, fewest_steps=STEPS, most_steps=STEPS)
+    with trainings.alone() as ours:
+        assert ours, "the lock of the one that was killed is free"
+        run(place, trainings, trainings.pending(), config=config, margins=EASY, limits=Limits(precision="no"))
+
+for _ in sys.stdin:  # a process for each training, forked as rq's worker forks them
+    if (pid := os.fork()) == 0:
+        try:
+            train()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
-def test_a_trainer_killed_again_and_again_goes_on_and_publishes_one_version(
+def test_a_trainer_killed_twenty_times_at_random_goes_on_and_publishes_one_version(
     place, trainings, tmp_path, data, embeddings
 ):
+    steps, kills = 240, 20
     fill(place.store, place.images, photos=6)
     status = trainings.ask("a test")
     rng = np.random.default_rng(0)
-    steps = []
-    arguments = [sys.executable, "-c", _CHILD, str(tmp_path), str(data), str(embeddings)]
-    for _ in range(20):
-        child = subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
-        assert child.stdout is not None
-        with child, child.stdout:
-            child.stdout.readline()
-            time.sleep(float(rng.uniform(0.2, 3.0)))
-            os.kill(child.pid, signal.SIGKILL)
-        now = trainings.status()
-        assert now is not None
-        steps.append(now.step)
-        if trainings.pending() is None:
-            break
-    if trainings.pending() is not None:
-        subprocess.run(arguments, check=True, cwd=Path(__file__).parents[2])
+    code = _TRAINER.replace("STEPS", str(steps))
+    reached = []
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), str(data), str(embeddings)],
+        **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[2]},
+    ) as trainer:
+        assert trainer.stdin is not None
+        assert trainer.stdout is not None
+
+        def begin() -> int:
+            trainer.stdin.write("train\n")
+            trainer.stdin.flush()
+            return int(trainer.stdout.readline())
+
+        for kill in range(kills):
+            pid, before = begin(), trainings.pending().step
+            wanted = before + int(rng.integers(0, 3)) if kill % 2 else 0  # every other one in the middle of its steps
+            until_s = time.monotonic() + 60
+            while trainings.pending().step < wanted and time.monotonic() < until_s:
+                time.sleep(0.01)
+            time.sleep(float(rng.uniform(0, 0.2 if kill % 2 else 0.6)))
+            os.kill(pid, signal.SIGKILL)
+            assert int(trainer.stdout.readline()) == -signal.SIGKILL, "it had not ended before"
+            reached.append(trainings.pending().step)
+        begin()
+        assert int(trainer.stdout.readline()) == 0
     ended = trainings.status()
     assert ended is not None
     assert (ended.id, ended.state in ("published", "rejected")) == (status.id, True)
-    assert steps == sorted(steps)
+    assert len({step for step in reached if 0 < step < steps}) >= 4, "else the kills came before the steps"
+    assert reached == sorted(reached), "each went on from where the one before was"
     (version,) = place.registry.versions("project-3")
     assert version.id == ended.version
     assert json.loads((trainings.folder / "history.jsonl").read_text())["id"] == status.id
