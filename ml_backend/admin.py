@@ -22,6 +22,7 @@ from ml_backend.admin_corrections import add_corrections
 from ml_backend.admin_training import add_trainings
 from ml_backend.admin_versions import add_versions
 from ml_backend.readiness import why_no_corrections, why_no_trainings
+from ml_backend.scoring import scorings
 from ml_backend.service import Service
 from ml_backend.settings import Settings
 from model.types import Refusal
@@ -55,6 +56,7 @@ def make_admin(service: Service) -> Blueprint:
             checks=checks.last(),
             checking=checks.running,
             redis=redis,
+            scorings=scorings(settings),
             missing=why_no_corrections(redis) + why_no_trainings(redis),
             events=service.inbox.counts(),
             failures=service.inbox.failures()[:20],

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +47,7 @@ from ml_backend.answers import Answer
 from ml_backend.connections import NOT_CONNECTED
 from ml_backend.images import TaskImage
 from ml_backend.inbox import SETTLE_S, Inbox
+from ml_backend.scoring import Progress, due_file
 from ml_backend.settings import Settings
 from model import heap
 from model.types import Refusal
@@ -273,14 +273,9 @@ def send_answers(connection: redis.Redis, *, answers: Sequence[Answer]) -> None:
 def ask_for_scores(settings: Settings, project: str | int) -> None:
     """Have the worker score a project's unlabelled tasks; asked for again before it has begun, it is the same work."""
     if settings.next_tasks == "on":
-        file = _due(settings, project)
+        file = due_file(settings, project)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-
-
-def _due(settings: Settings, project: str | int) -> Path:
-    """Return the file that is there while a project's tasks are to be scored."""
-    return settings.shared / "selection" / f"{project}.due"
 
 
 def enqueue_scores(settings: Settings, connection: redis.Redis) -> None:
@@ -291,7 +286,7 @@ def enqueue_scores(settings: Settings, connection: redis.Redis) -> None:
     """
     if settings.next_tasks == "off" or not (settings.label_studio_url and settings.label_studio_api_key):
         return
-    for file in _due(settings, 0).parent.glob("*.due"):
+    for file in due_file(settings, 0).parent.glob("*.due"):
         with contextlib.suppress(OSError):  # done just now
             job_id = f"{_NEXT_TASKS}{file.stem}-{file.stat().st_mtime_ns}"
             _enqueue(_queue(CORRECTIONS, connection), score, [int(file.stem)], job_id, limit_s=_SCORE_LIMIT_S)
@@ -374,7 +369,7 @@ def _give_up(settings: Settings, job: Job, inbox: Inbox) -> None:
         action, body = job.args
         key = inbox.add(base64.b64decode(body), action)
     elif job.id.startswith(_NEXT_TASKS):
-        _due(settings, job.args[0]).unlink(missing_ok=True)
+        due_file(settings, job.args[0]).unlink(missing_ok=True)
     if key is None:
         log.error("%s; it is dropped", why)
         return
@@ -535,12 +530,12 @@ def score(project: int) -> None:
     from ml_backend.trainings import Patience
 
     settings = Settings()
-    file = _due(settings, project)
+    file = due_file(settings, project)
     try:
         asked = file.stat().st_mtime_ns
     except OSError:  # somebody else has done it
         return
-    finished = True
+    finished, progress = True, Progress(settings, project)
     try:
         if wants_scores(settings, project):
             outcome = score_tasks(
@@ -550,6 +545,7 @@ def score(project: int) -> None:
                 limit_s=_SCORE_S,
                 refused=_pictureless[project],
                 pause=Patience(settings.data_dir / CLICKED).wait,
+                report=progress,
             )
             finished = outcome.finished
             log.info("tasks of project %d: %s", project, outcome)
@@ -561,6 +557,7 @@ def score(project: int) -> None:
     except Exception:  # left as asked for, it would fail again every few minutes
         log.exception("tasks of project %d are not scored until they are asked for again", project)
     if finished:
+        progress.done()
         _pictureless.pop(project, None)
         if _scorer.cache_info().currsize:
             _scorer().close()

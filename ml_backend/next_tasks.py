@@ -189,6 +189,7 @@ def score_tasks(
     clicks: int = CLICKS,
     pause: Callable[[], None] = lambda: None,
     console: Console | None = None,
+    report: Callable[[int, int], None] = lambda looked, of: None,
 ) -> Outcome:
     """Score a project's unlabelled tasks, so that the most useful one comes first in the label stream.
 
@@ -204,6 +205,7 @@ def score_tasks(
         clicks: places the network is asked at in each image.
         pause: called before each look; may wait while somebody clicks.
         console: where progress is shown; None: nowhere.
+        report: called before each look with how many images were looked at, and how many shall be.
 
     Raises:
         Refusal: the family that serves has no embeddings, Label Studio cannot be reached or does not let us, or the
@@ -238,6 +240,7 @@ def score_tasks(
         for task, unsure in bar.track(wanted, description="looking"):
             if time.monotonic() > until_s:
                 break
+            report(looked, len(wanted))
             looked += 1
             pause()
             try:

@@ -23,6 +23,7 @@ from ml_backend.app import create_app
 from ml_backend.inbox import ATTEMPTS
 from ml_backend.jobs import CORRECTIONS
 from ml_backend.metrics import cache_counts
+from ml_backend.scoring import Progress, due_file
 from ml_backend.settings import Settings
 from ml_backend.trainings import folder_of
 from tests.active_learning.corrected import correction
@@ -103,6 +104,18 @@ def test_the_overview_shows_queues_workers_with_their_heartbeat_and_what_serves(
         assert any(row.startswith("worker-1 corrections ✓ ok") and row.endswith("s ago") for row in rows), rows
         assert any(row.startswith(f"project-3 {two[0].id} light-") for row in rows), rows
         worker.register_death()
+
+
+def test_the_overview_shows_how_far_the_scoring_of_tasks_is(make_admin, redis_url):
+    client, service = make_admin(redis_url=redis_url)
+    assert "to be scored" not in page(client, "/admin")
+    file = due_file(service.settings, 3)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    assert "not begun" in page(client, "/admin")
+    Progress(service.settings, 3)(12, 40)
+    assert "Tasks of project 3 are to be scored" in page(client, "/admin")
+    assert "12 of 40 images looked at" in page(client, "/admin")
 
 
 def test_the_overview_shows_hits_and_misses_of_encoded_images_in_one_process(make_admin):

@@ -177,7 +177,9 @@ def test_unless_asked_to_it_says_what_to_set_and_leaves_the_project_alone(label_
 
 
 def test_a_second_run_goes_on_where_the_first_was_limited_and_a_third_changes_nothing(label_studio, make_service):
-    first = score_tasks(make_service(), 3, limit=2)
+    told = []
+    first = score_tasks(make_service(), 3, limit=2, report=lambda looked, of: told.append((looked, of)))
+    assert told == [(n, first.looked) for n in range(first.looked)]
     assert (first.looked, first.left, first.scored) == (2, 1, 2)
     second = score_tasks(make_service(), 3)
     assert (second.looked, second.left, second.scored) == (1, 0, 3)

@@ -1,0 +1,71 @@
+"""Whose tasks are to be scored, and how far that is: files in SHARED/selection, read by the admin page.
+
+PROJECT.due is there while a project's tasks are to be scored, PROJECT.progress while they are looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from active_learning.folders import write_whole
+from ml_backend.settings import Settings
+
+_NOTED_S = 1.0  # between two notes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """A project whose tasks are to be scored."""
+
+    project: str
+    asked_s: float  # UTC
+    looked: int  # images looked at in this run of the worker
+    of: int  # that it wants to look at; 0: it has not begun
+
+
+def due_file(settings: Settings, project: str | int) -> Path:
+    """Return the file that is there while a project's tasks are to be scored."""
+    return settings.shared / "selection" / f"{project}.due"
+
+
+class Progress:
+    """Says how far the scoring of a project's tasks is, once a second."""
+
+    def __init__(self, settings: Settings, project: int) -> None:
+        """Name the file; nothing is written yet."""
+        self._file = due_file(settings, project).with_suffix(".progress")
+        self._noted_s = 0.0
+
+    def __call__(self, looked: int, of: int) -> None:
+        """Note that `looked` images of `of` were looked at; a disk that takes no note is no reason to stop."""
+        if time.monotonic() - self._noted_s >= _NOTED_S:
+            self._noted_s = time.monotonic()
+            with contextlib.suppress(OSError):
+                write_whole(self._file, json.dumps([looked, of]))
+
+    def done(self) -> None:
+        """Remove the note."""
+        with contextlib.suppress(OSError):
+            self._file.unlink()
+
+
+def scorings(settings: Settings) -> list[Scoring]:
+    """Return whose tasks are to be scored, asked for earliest first."""
+    found = []
+    for file in due_file(settings, 0).parent.glob("*.due"):
+        with contextlib.suppress(OSError):  # done just now
+            looked, of = _noted(file.with_suffix(".progress"))
+            found.append(Scoring(project=file.stem, asked_s=file.stat().st_mtime, looked=looked, of=of))
+    return sorted(found, key=lambda one: one.asked_s)
+
+
+def _noted(file: Path) -> tuple[int, int]:
+    try:
+        looked, of = json.loads(file.read_text())
+        return int(looked), int(of)
+    except (OSError, ValueError, TypeError):
+        return 0, 0
