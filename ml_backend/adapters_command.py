@@ -15,6 +15,7 @@ from rich.table import Table
 
 from active_learning.lines import line_of
 from ml_backend.command_line import refusing
+from ml_backend.scoring import ask_for_lines_scores
 from ml_backend.settings import Settings
 from ml_backend.version_facts import VERDICTS, made_at, numbers_in, shown, side_by_side, why_rejected
 from model.types import Refusal
@@ -81,6 +82,7 @@ def activate(
         name = _line(line)
         if version == "none":
             registry.activate(name, None)
+            ask_for_lines_scores(context.ensure_object(Settings), name)
             print(f"{name}: none of its own")
             return
         found = _find(registry, line, version)
@@ -88,6 +90,7 @@ def activate(
             raise Refusal(f"{why_rejected(found)}; to serve it: --force")
         before = registry.active_id(name)
         registry.activate(name, found.id)
+        ask_for_lines_scores(context.ensure_object(Settings), name)
         print(f"{name}: {before or 'none of its own'} -> {found.id}")
 
 
@@ -97,6 +100,7 @@ def rollback(context: typer.Context, line: Line) -> None:
     with _refusing(context) as registry:
         name = _line(line)
         way = registry.roll_back(name)
+        ask_for_lines_scores(context.ensure_object(Settings), name)
         for why in way.passed_over:
             print(f"passed over: {why}")
         print(f"{name}: {way.was} -> {way.now.id if way.now else 'none of its own'}")

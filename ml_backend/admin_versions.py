@@ -10,6 +10,7 @@ from flask import Blueprint, abort, flash, render_template, send_file
 from active_learning.registry import AdapterVersion
 from ml_backend.admin_common import Answer, given, known_lines, line_or_404, number, show_at, telling
 from ml_backend.comparisons import CONFIGURED, PHOTOS, Comparisons, judged_together
+from ml_backend.scoring import ask_for_lines_scores
 from ml_backend.service import Service
 from ml_backend.version_facts import VERDICTS, facts_of, shown, side_by_side, why_rejected
 from model.types import Refusal
@@ -85,6 +86,7 @@ def add_versions(admin: Blueprint, service: Service) -> None:
                     raise Refusal(f"{why_rejected(found)} To serve it all the same, tick its box")
                 registry.activate(name, found.id, by=_BY)
                 flash(f"Version {found.id} serves {name} within a second.", "done")
+            ask_for_lines_scores(service.settings, name)
         return show_at("admin.versions", name)
 
     @admin.post("/versions/<line>/rollback")
@@ -94,6 +96,7 @@ def add_versions(admin: Blueprint, service: Service) -> None:
             if registry.active_id(name) != given("serves"):  # sent twice, or by two people
                 raise Refusal("nothing was changed: another version serves by now")
             way = registry.roll_back(name, by=_BY)
+            ask_for_lines_scores(service.settings, name)
             now = way.now.id if way.now else "no version of its own"
             passed_over = "".join(f" Passed over: {why}." for why in way.passed_over)
             flash(f"{way.was} was rolled back: {now} serves {name}.{passed_over}", "done")

@@ -47,7 +47,7 @@ from ml_backend.answers import Answer
 from ml_backend.connections import NOT_CONNECTED
 from ml_backend.images import TaskImage
 from ml_backend.inbox import SETTLE_S, Inbox
-from ml_backend.scoring import Progress, due_file
+from ml_backend.scoring import Progress, ask_for_scores, due_file
 from ml_backend.settings import Settings
 from model import heap
 from model.types import Refusal
@@ -268,14 +268,6 @@ def send_answers(connection: redis.Redis, *, answers: Sequence[Answer]) -> None:
     """
     rows = [asdict(one) | {"shape": one.shape and base64.b64encode(one.shape).decode()} for one in answers]
     _enqueue(_queue(CORRECTIONS, connection), remember, [rows], f"remember-{_digest(rows)}")
-
-
-def ask_for_scores(settings: Settings, project: str | int) -> None:
-    """Have the worker score a project's unlabelled tasks; asked for again before it has begun, it is the same work."""
-    if settings.next_tasks == "on":
-        file = due_file(settings, project)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
 
 
 def enqueue_scores(settings: Settings, connection: redis.Redis) -> None:

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import sqlite3
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from active_learning import lines
 from active_learning.folders import write_whole
 from ml_backend.settings import Settings
+
+log = logging.getLogger(__name__)
 
 _NOTED_S = 1.0  # between two notes
 
@@ -30,6 +36,36 @@ class Scoring:
 def due_file(settings: Settings, project: str | int) -> Path:
     """Return the file that is there while a project's tasks are to be scored."""
     return settings.shared / "selection" / f"{project}.due"
+
+
+def ask_for_scores(settings: Settings, project: str | int) -> None:
+    """Have the worker score a project's unlabelled tasks; asked for again before it has begun, it is the same work."""
+    if settings.next_tasks == "on":
+        file = due_file(settings, project)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def ask_for_lines_scores(settings: Settings, line: str) -> None:
+    """Have the tasks of all projects that a line serves scored, as another version of it serves now.
+
+    What keeps that from being asked for is told to the log: the tasks are scored within the hour all the same.
+    """
+    from active_learning.corrections import CorrectionStore  # brings OpenCV, which a worker that waits does without
+
+    project, ledger = lines.project_of(line), settings.data_dir / "corrections.sqlite"
+    try:
+        if project is not None:
+            projects = [project]
+        elif ledger.is_file():
+            with closing(CorrectionStore(ledger)) as store:
+                projects = store.projects()
+        else:  # of another machine
+            return
+        for one in projects:
+            ask_for_scores(settings, one)
+    except (OSError, sqlite3.Error) as error:
+        log.warning("tasks are not scored by the version of %s that serves now yet: %s", line, error)
 
 
 class Progress:

@@ -40,6 +40,7 @@ from active_learning.corrections import CorrectionStore
 from active_learning.rules import When, due, due_at_night, rest_s
 from active_learning.status import ENDED, SETTLED, TrainingFolder, TrainingStatus, lines_in
 from ml_backend import logs
+from ml_backend.scoring import ask_for_lines_scores
 from ml_backend.settings import Settings
 from model.types import Refusal
 
@@ -264,21 +265,7 @@ def train(line: str) -> None:
             raise
     log.info("training %s: %s (%s)", ended.id, ended.state, ended.said)
     if ended.state == "published":
-        _have_tasks_scored(settings, line)
-
-
-def _have_tasks_scored(settings: Settings, line: str) -> None:
-    """Have the tasks of all projects that a line serves scored by its new version."""
-    from ml_backend.jobs import ask_for_scores
-
-    project = lines.project_of(line)
-    with closing(CorrectionStore(settings.data_dir / "corrections.sqlite")) as store:
-        projects = store.projects() if project is None else [project]
-    try:
-        for one in projects:
-            ask_for_scores(settings, one)
-    except OSError as error:  # the version serves all the same, and tasks are scored again within the hour
-        log.warning("tasks are not scored by the new version of %s yet: %s", line, error)
+        ask_for_lines_scores(settings, line)
 
 
 def lacks_room(settings: Settings) -> bool:

@@ -278,7 +278,7 @@ def test_a_change_without_the_forms_token_is_refused(make_admin, registry, two):
 
 
 def test_a_version_is_activated_and_rolled_back_and_answers_within_a_second(make_admin, registry, two):
-    client, _ = make_admin()
+    client, service = make_admin()
 
     def serves():
         return client.get("/versions?project=3").json["versions"][0].rpartition("+")[2]
@@ -288,10 +288,14 @@ def test_a_version_is_activated_and_rolled_back_and_answers_within_a_second(make
     text = send(client, "/admin/versions", "/admin/versions/project-3/activate", version=two[1].id)
     changed_s = time.monotonic()
     assert f"Version {two[1].id} serves project-3" in text
+    due = due_file(service.settings, 3)
+    assert due.exists(), "tasks are scored by what serves now"
+    due.unlink()
     wait_until(lambda: serves() == f"project-3-{two[1].id}", limit_s=3)
     assert time.monotonic() - changed_s < 1.5
     text = send(client, "/admin/versions", "/admin/versions/project-3/rollback", serves=two[1].id)
     assert f"{two[1].id} was rolled back: {two[0].id} serves project-3" in text
+    assert due.exists()
     wait_until(lambda: serves() == f"project-3-{two[0].id}", limit_s=3)
 
     # sent twice by a nervous finger: the second changes nothing

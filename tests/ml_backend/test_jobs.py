@@ -18,6 +18,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import utcformat
 
 import ml_backend.jobs
+import ml_backend.scoring
 from ml_backend.app import create_app
 from ml_backend.images import TaskImage
 from ml_backend.inbox import Inbox
@@ -316,7 +317,7 @@ def test_other_jobs_that_kill_their_workers_are_dropped_and_what_they_brought_is
     settings = settings_for(tmp_path / "data", label_studio)
     monkeypatch.setenv("GRACO_REDIS_URL", redis_url)
     spread([(1, "/data/upload/1/a.jpg")])
-    ml_backend.jobs.ask_for_scores(settings, 3)
+    ml_backend.scoring.ask_for_scores(settings, 3)
     ml_backend.jobs.enqueue_scores(settings, connection)
     away = Inbox(tmp_path / "away.sqlite")
     away.add(b"of another machine", "ANNOTATION_CREATED")

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 from active_learning.registry import AdapterRegistry
 from ml_backend import jobs, next_tasks
 from ml_backend.__main__ import app
-from ml_backend.jobs import ask_for_scores, connect, enqueue_scores
+from ml_backend.jobs import connect, enqueue_scores
 from ml_backend.label_config import make_config
 from ml_backend.next_tasks import SAMPLING, wants_scores
-from ml_backend.trainings import _have_tasks_scored
+from ml_backend.scoring import ask_for_lines_scores, ask_for_scores
 from model.segmenter import BUNDLED_ADAPTER
 from model.types import Refusal
 from tests.conftest import ROOT
@@ -327,7 +327,7 @@ def test_a_published_version_has_the_worker_score_the_tasks_and_move_the_project
     label_studio.predict(task=1, model_version=EARLIER, score=0.5, result=[])
     registry = AdapterRegistry(settings.data_dir / "adapters", base=segmenter.digest)
     version = registry.publish("project-3", BUNDLED_ADAPTER, card={}, activate=True)
-    _have_tasks_scored(settings, "project-3")
+    ask_for_lines_scores(settings, "project-3")
     assert due(settings) == ["3.due"]
     said = worker(settings, label_studio, redis_url)
     served = label_studio.project["model_version"]

@@ -397,7 +397,13 @@ def adapters(tmp_path, monkeypatch):
     return run
 
 
-def test_an_admin_lists_compares_activates_goes_back_and_prunes(adapters, registry, trained):
+def test_an_admin_lists_compares_activates_goes_back_and_prunes(adapters, registry, trained, tmp_path):
+    def asked_for_scores():
+        files = list((tmp_path / "data" / "selection").glob("*.due"))
+        for file in files:
+            file.unlink()
+        return [file.name for file in files]
+
     assert "no version is kept yet" in adapters("list").output
     scores = [{"reference": {"noc90": noc, "curve": [0.1, 0.2]}} for noc in (4.0, 3.5, 6.0)]
     first, second = (publish(registry, "project-3", trained[n], scores=scores[n], seed=n) for n in (0, 1))
@@ -411,13 +417,17 @@ def test_an_admin_lists_compares_activates_goes_back_and_prunes(adapters, regist
     refused = adapters("activate", 3, worse.id)
     assert (refused.exit_code, "was rejected: it lost" in refused.output) == (2, True)
     assert registry.active("project-3") == second
+    assert asked_for_scores() == []
     assert f"{second.id} -> {worse.id}" in adapters("activate", 3, 3, "--force").output
     assert registry.active("project-3") == worse
+    assert asked_for_scores() == ["3.due"]
     assert f"{worse.id} -> {second.id}" in adapters("rollback", 3).output
+    assert asked_for_scores() == ["3.due"]
     assert f"removed {worse.id}" in adapters("prune", 3, "--keep", 0).output
     assert registry.versions("project-3") == [first, second]
     assert "none of its own" in adapters("activate", 3, "none").output
     assert registry.active("project-3") is None
+    assert asked_for_scores() == ["3.due"]
 
 
 def test_an_admin_goes_back_from_a_version_without_its_card_past_a_damaged_one(adapters, registry, trained):
