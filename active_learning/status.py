@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from active_learning.folders import write_whole
+
 State = Literal["queued", "running", "judging", "published", "kept", "rejected", "failed", "cancelled", "nothing new"]
 ENDED: tuple[State, ...] = ("published", "kept", "rejected", "failed", "cancelled", "nothing new")
 """How a training ends: `kept` is a candidate that waits for an admin's decision."""
@@ -87,12 +89,15 @@ class TrainingFolder:
                     if pending is not None:
                         if self.end_cancelled():
                             continue
-                        return pending
+                        now = self.pending()
+                        if now is None or now.id != pending.id:  # it ended meanwhile
+                            continue
+                        return now
                     if _read(self._request) is None:  # ended just now, or unreadable after a crash of the machine
                         self._request.unlink(missing_ok=True)
         finally:
             draft.unlink(missing_ok=True)
-        for left in (self.folder / "cancel", self._losses):
+        for left in (self._cancel, self._losses):
             left.unlink(missing_ok=True)
         self._replace(self.folder / "status.json", made)
         return made
@@ -120,6 +125,10 @@ class TrainingFolder:
     @property
     def _losses(self) -> Path:
         return self.folder / "losses.jsonl"
+
+    @property
+    def _cancel(self) -> Path:
+        return self.folder / "cancel"  # holds the id of the training that shall stop, so that no other does
 
     @property
     def _request(self) -> Path:
@@ -156,8 +165,8 @@ class TrainingFolder:
         ended = self.note(status, **{"state": state, "said": said, "left_s": None, "ended_s": time.time()} | changes)
         if not any(old.id == ended.id for old in self.history()):  # killed just here and done again
             self._append(ended)
+        self._cancel.unlink(missing_ok=True)
         self._request.unlink(missing_ok=True)
-        (self.folder / "cancel").unlink(missing_ok=True)
         for left in self.folder.glob(f"train-{self.line}-*"):  # this one's, and where a process was killed just here
             shutil.rmtree(left, ignore_errors=True)
         return ended
@@ -166,7 +175,7 @@ class TrainingFolder:
         """Have the pending training stop; return it, or None where nothing is pending."""
         pending = self.pending()
         if pending is not None:
-            (self.folder / "cancel").touch()
+            write_whole(self._cancel, pending.id)
         return pending
 
     def end_cancelled(self) -> bool:
@@ -183,7 +192,12 @@ class TrainingFolder:
     @property
     def cancelled(self) -> bool:
         """Whether the pending training shall stop."""
-        return (self.folder / "cancel").exists()
+        try:
+            wanted = self._cancel.read_text()
+        except OSError:
+            return False
+        pending = self.pending()
+        return pending is not None and pending.id == wanted
 
     @contextmanager
     def alone(self) -> Iterator[bool]:

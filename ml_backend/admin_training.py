@@ -12,7 +12,7 @@ from active_learning.status import TrainingStatus
 from ml_backend import charts
 from ml_backend.admin_common import Answer, given, known_lines, ledger, line_or_404, show_at, telling
 from ml_backend.service import BoundedCache, Service
-from ml_backend.trainings import folder_of, last_of, new_for, request, why_not
+from ml_backend.trainings import cancel, folder_of, last_of, new_for, request, why_not
 from model.types import Refusal
 
 _SHOWN = 20  # of those that ended
@@ -67,10 +67,12 @@ def add_trainings(admin: Blueprint, service: Service) -> None:
     def cancel_training() -> Answer:
         line = line_or_404(service, given("line"))
         with telling():
-            status = folder_of(settings, line).cancel()
-            if status is None:
+            found = cancel(settings, line)
+            if found is None:
                 raise Refusal(f"no training of {line} is pending any more")
-            flash(f"Training {status.id} will stop at its next step; nothing of it is served.", "done")
+            status, ended = found
+            when = "is cancelled" if ended else "will stop at its next step"
+            flash(f"Training {status.id} {when}; nothing of it is served.", "done")
         return show_at("admin.training", line)
 
 

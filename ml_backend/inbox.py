@@ -31,6 +31,7 @@ SETTLE_S = 20.0
 _PATIENCE = 10  # each further attempt waits so many times longer
 _AGAIN_S = 6 * 3600.0
 _AGAIN_UNTIL_S = 14 * 86400.0  # since it came
+_AGAIN_MOST = 20  # at a time
 _DEADLY = 1000  # attempts of an event that is never tried again by itself
 _KEEP_DONE_S = 7 * 86400.0
 _LONGEST_ERROR = 500  # characters
@@ -184,14 +185,15 @@ class Inbox:
     def try_again(self) -> int:
         """Have events that failed six hours ago tried once more, for two weeks; return how many there are.
 
-        What they need may be back by then: a photo's host, or a token that is accepted.
+        What they need may be back by then: a photo's host, or a token that is accepted. They are few at a time, so
+        that what comes in new does not wait behind all of them.
         """
         now_s = time.time()
         with self._writing() as db:
             reopened = db.execute(
-                "UPDATE events SET state = 'undone', attempts = ? WHERE state = 'failed' AND attempts < ?"
-                " AND touched_s < ? AND received_s > ?",
-                (ATTEMPTS - 1, _DEADLY, now_s - _AGAIN_S, now_s - _AGAIN_UNTIL_S),
+                "UPDATE events SET state = 'undone', attempts = ? WHERE key IN (SELECT key FROM events WHERE"
+                " state = 'failed' AND attempts < ? AND touched_s < ? AND received_s > ? ORDER BY touched_s LIMIT ?)",
+                (ATTEMPTS - 1, _DEADLY, now_s - _AGAIN_S, now_s - _AGAIN_UNTIL_S, _AGAIN_MOST),
             )
             return reopened.rowcount
 
@@ -213,9 +215,12 @@ class Inbox:
             return {"undone": 0, "done": 0, "failed": 0} | dict(rows)
 
     def oldest_s(self) -> float | None:
-        """Return when the oldest event came that is not acted on (UTC seconds); None: there is none."""
-        query = "SELECT MIN(received_s) FROM events WHERE state = 'undone'"
-        with self._lock, closing(self._db.execute(query)) as rows:
+        """Return when the oldest event came that is not acted on (UTC seconds); None: there is none.
+
+        Those do not count that have failed all but the last time.
+        """
+        query = "SELECT MIN(received_s) FROM events WHERE state = 'undone' AND attempts < ?"
+        with self._lock, closing(self._db.execute(query, (ATTEMPTS - 1,))) as rows:
             oldest = rows.fetchone()[0]
         return None if oldest is None else float(oldest)
 

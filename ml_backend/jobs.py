@@ -27,10 +27,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -40,14 +40,13 @@ from rq.executions import Execution
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.timeouts import JobTimeoutException
-from rq.utils import utcparse
 
 from ml_backend import logs, metrics
 from ml_backend.answers import Answer
 from ml_backend.connections import NOT_CONNECTED
 from ml_backend.images import TaskImage
 from ml_backend.inbox import SETTLE_S, Inbox
-from ml_backend.scoring import Progress, ask_for_scores, due_file
+from ml_backend.scoring import Progress, ask_for_scores, due_file, forget_progress
 from ml_backend.settings import Settings
 from model import heap
 from model.types import Refusal
@@ -72,7 +71,8 @@ _DRAIN_S = 30.0
 _MOST_DEATHS = 3  # of workers at one job
 _MOST_DRAINED = 10_000
 _WORKER_TTL_S = 45  # rq's idle worker reports 15 s before, and is forgotten a minute after
-_CLOCK_S = 5.0  # that a worker may seem to have begun before its process
+_PROCESS = "process"  # of a worker in Redis, beside what rq keeps of it
+_BEGAN = 19  # field of /proc/PID/stat after the name: when the process began
 _SPARE_S = 15  # of a job on another machine beyond its limit
 _REDO_ALL_S = 6 * 3600.0  # between reconciliations that look at every task, not at those that changed
 _SCORE_AGAIN_S = 3600.0  # between scorings by the same version: tasks came, and others were corrected
@@ -362,6 +362,7 @@ def _give_up(settings: Settings, job: Job, inbox: Inbox) -> None:
         key = inbox.add(base64.b64decode(body), action)
     elif job.id.startswith(_NEXT_TASKS):
         due_file(settings, job.args[0]).unlink(missing_ok=True)
+        forget_progress(settings, job.args[0])
     if key is None:
         log.error("%s; it is dropped", why)
         return
@@ -375,20 +376,31 @@ def _is_at_work(connection: redis.Redis, execution: Execution, job: Job) -> bool
     if not execution.worker_name or age_s > (job.timeout or _LIMIT_S) + _SPARE_S:
         return False
     key = f"{Worker.redis_worker_namespace_prefix}{execution.worker_name}"
-    host, pid, birth = connection.hmget(key, "hostname", "pid", "birth")
+    host, pid, mark = connection.hmget(key, "hostname", "pid", _PROCESS)
     if host is None or pid is None:
         return False
     if host != socket.gethostname().encode():
         return True
     try:
-        began_s = psutil.Process(int(pid)).create_time()
-    except psutil.NoSuchProcess:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
         return False
-    # a container that starts again has its host name and process numbers again
-    return (
-        birth is None
-        or began_s <= utcparse(birth.decode() if isinstance(birth, bytes) else birth).timestamp() + _CLOCK_S
-    )
+    except PermissionError:
+        pass
+    now = _mark_of(int(pid))
+    return mark is None or now is None or mark == now.encode()
+
+
+def _mark_of(pid: int) -> str | None:
+    """Return what tells a process from a later one of its number: when the machine and it began, by no clock.
+
+    In a container that starts again host name and numbers are the same. None: this system does not tell.
+    """
+    try:
+        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[_BEGAN]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {began}"
+    except (OSError, IndexError):
+        return None
 
 
 def _queue(name: str, connection: redis.Redis) -> Queue:
@@ -427,6 +439,12 @@ class _Worker(SimpleWorker):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop_before_first_job)
         super().bootstrap(*args, **kwargs)
+
+    def register_birth(self) -> None:
+        """Become known, with what tells this process from a later one of its number."""
+        super().register_birth()  # type: ignore[no-untyped-call]
+        if (mark := _mark_of(os.getpid())) is not None:
+            self.connection.hset(self.key, _PROCESS, mark)
 
     def _stop_before_first_job(self, signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # who asks twice is not kept waiting
@@ -549,7 +567,7 @@ def score(project: int) -> None:
     except Exception:  # left as asked for, it would fail again every few minutes
         log.exception("tasks of project %d are not scored until they are asked for again", project)
     if finished:
-        progress.done()
+        forget_progress(settings, project)
         _pictureless.pop(project, None)
         if _scorer.cache_info().currsize:
             _scorer().close()

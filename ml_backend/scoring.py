@@ -29,8 +29,8 @@ class Scoring:
 
     project: str
     asked_s: float  # UTC
-    looked: int  # images looked at in this run of the worker
-    of: int  # that it wants to look at; 0: it has not begun
+    looked: int  # images looked at
+    of: int  # of these many; 0: it has not begun
 
 
 def due_file(settings: Settings, project: str | int) -> Path:
@@ -69,24 +69,33 @@ def ask_for_lines_scores(settings: Settings, line: str) -> None:
 
 
 class Progress:
-    """Says how far the scoring of a project's tasks is, once a second."""
+    """Says how far the scoring of a project's tasks is, once a second; a job goes on where the one before ended."""
 
     def __init__(self, settings: Settings, project: int) -> None:
-        """Name the file; nothing is written yet."""
-        self._file = due_file(settings, project).with_suffix(".progress")
+        """Name the file, and read how far it was; nothing is written yet."""
+        self._file = _progress_file(due_file(settings, project))
+        self._before, _ = _noted(self._file)
         self._noted_s = 0.0
 
     def __call__(self, looked: int, of: int) -> None:
-        """Note that `looked` images of `of` were looked at; a disk that takes no note is no reason to stop."""
+        """Note that `looked` of the `of` images that are left were looked at.
+
+        A disk that takes no note is no reason to stop.
+        """
         if time.monotonic() - self._noted_s >= _NOTED_S:
             self._noted_s = time.monotonic()
             with contextlib.suppress(OSError):
-                write_whole(self._file, json.dumps([looked, of]))
+                write_whole(self._file, json.dumps([self._before + looked, self._before + of]))
 
-    def done(self) -> None:
-        """Remove the note."""
-        with contextlib.suppress(OSError):
-            self._file.unlink()
+
+def forget_progress(settings: Settings, project: str | int) -> None:
+    """Remove the note of how far the scoring of a project's tasks is: it came to its end, one way or the other."""
+    with contextlib.suppress(OSError):
+        _progress_file(due_file(settings, project)).unlink()
+
+
+def _progress_file(due: Path) -> Path:
+    return due.with_suffix(".progress")
 
 
 def scorings(settings: Settings) -> list[Scoring]:
@@ -94,7 +103,7 @@ def scorings(settings: Settings) -> list[Scoring]:
     found = []
     for file in due_file(settings, 0).parent.glob("*.due"):
         with contextlib.suppress(OSError):  # done just now
-            looked, of = _noted(file.with_suffix(".progress"))
+            looked, of = _noted(_progress_file(file))
             found.append(Scoring(project=file.stem, asked_s=file.stat().st_mtime, looked=looked, of=of))
     return sorted(found, key=lambda one: one.asked_s)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from active_learning.status import TrainingStatus, lines_in
 from ml_backend.settings import Settings
-from ml_backend.trainings import folder_of, line_of, request
+from ml_backend.trainings import cancel, folder_of, line_of, request
 
 app = typer.Typer(no_args_is_help=True, help="Ask for a training, look at trainings, stop one.")
 
@@ -73,16 +73,17 @@ def show(
         print("no training was asked for yet")
 
 
-@app.command()
-def cancel(context: typer.Context, project: Project = None) -> None:
+@app.command("cancel")
+def stop(context: typer.Context, project: Project = None) -> None:
     """Stop the training that is pending; nothing of it is served."""
     settings: Settings = context.obj
     line = _line(settings, project)
-    status = folder_of(settings, line).cancel()
-    if status is None:
+    found = cancel(settings, line)
+    if found is None:
         print(f"no training of {line} is pending")
         raise typer.Exit(1)
-    print(f"{status.id} will stop at its next step")
+    status, ended = found
+    print(f"{status.id} {'is cancelled' if ended else 'will stop at its next step'}")
 
 
 def _line(settings: Settings, project: int | None) -> str:

@@ -59,6 +59,7 @@ _BEGINS_S = 60.0  # from a job's start until it has locked its line
 _MOST_ATTEMPTS = 40  # processes that were killed
 _MOST_ERRORS = 3
 _ROOM_MB = 128  # that the disk has to spare for checkpoints and a version, thrice their size
+_ASKS, _ASKS_AGAIN_S = 5, 0.1
 _FULL_S = 30.0
 _QUIET_S = 0.4  # without a click before training goes on
 _LONGEST_PAUSE_S = 3.0  # of one step
@@ -87,10 +88,22 @@ def request(settings: Settings, line: str, reason: str, *, thorough: bool = Fals
         Refusal: the one that is pending was cancelled, and has not come to its end yet.
     """
     trainings = folder_of(settings, line)
-    status = trainings.ask(reason, thorough=thorough)
-    if trainings.cancelled:
-        raise Refusal(f"{status.id} was cancelled and ends at its next step; ask again in a moment")
-    return status
+    for _ in range(_ASKS):  # who looks whether one is worked on holds it for a moment, too
+        status = trainings.ask(reason, thorough=thorough)
+        if not trainings.cancelled:
+            return status
+        time.sleep(_ASKS_AGAIN_S)
+    raise Refusal(f"{status.id} was cancelled and ends at its next step; ask again in a moment")
+
+
+def cancel(settings: Settings, line: str) -> tuple[TrainingStatus, bool] | None:
+    """Have the pending training of a line stop; return it, and whether it ended at once as nobody works on it.
+
+    None: nothing is pending.
+    """
+    trainings = folder_of(settings, line)
+    status = trainings.cancel()
+    return None if status is None else (status, trainings.end_cancelled())
 
 
 def requeue(settings: Settings, connection: redis.Redis) -> list[TrainingStatus]:
@@ -163,7 +176,8 @@ def ask_when_due(settings: Settings, store: CorrectionStore, *, now_s: float) ->
         trainings = folder_of(settings, line)
         if trainings.pending() is None and (found := _why_due(when, store, trainings, now_s)) is not None:
             reason, thorough = found
-            asked.append(request(settings, line, reason, thorough=thorough))
+            with contextlib.suppress(Refusal):  # somebody asked and cancelled just now
+                asked.append(request(settings, line, reason, thorough=thorough))
     return asked
 
 

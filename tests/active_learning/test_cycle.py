@@ -190,9 +190,7 @@ def test_a_candidate_that_loses_on_the_reference_set_is_kept_and_does_not_serve(
 
 def test_a_cancelled_training_ends_at_its_next_step(place, trainings):
     fill(place.store, place.images, photos=3)
-    trainings.ask("a test")
-    trainings.cancel()
-    assert carry_out(place, trainings).state == "cancelled"
+    assert carry_out(place, trainings, pause=trainings.cancel).state == "cancelled"
     assert place.registry.versions("project-3") == []
 
 

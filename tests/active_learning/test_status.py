@@ -93,6 +93,20 @@ def test_a_cancelled_training_that_is_worked_on_is_left_to_who_works_on_it(train
     assert not trainings.end_cancelled(), "once"
 
 
+def test_a_cancel_that_came_too_late_stops_no_later_training(trainings):
+    first = trainings.ask("the button", now_s=1000.0)
+    trainings.cancel()
+    left = (trainings.folder / "cancel").read_text()
+    trainings.end(first, "published", "better")
+    second = trainings.ask("the button", now_s=2000.0)
+    (trainings.folder / "cancel").write_text(left)  # whoever cancelled wrote it only now
+    assert not trainings.cancelled
+    assert not trainings.end_cancelled()
+    assert trainings.pending() == second
+    assert trainings.cancel() == second
+    assert trainings.cancelled
+
+
 def test_the_lock_of_a_killed_process_is_free_at_once(trainings):
     code = (
         "import sys, time; from pathlib import Path; from active_learning.status import TrainingFolder\n"

@@ -361,7 +361,9 @@ def test_a_training_is_started_watched_cancelled_and_tried_again(make_admin, tmp
     text = page(client, "/admin/training")
     assert "40 of 160 (25 %), about 5 min left" in text
     assert "From 1.2 at 10 to 0.5 at 40." in text
-    assert "will stop at its next step" in send(client, "/admin/training", "/admin/training/cancel", line="project-3")
+    with folder.alone():  # as the trainer does
+        cancelled = send(client, "/admin/training", "/admin/training/cancel", line="project-3")
+    assert "will stop at its next step" in cancelled
     assert folder.cancelled
 
     folder.end(folder.pending(), "failed", "memory <ran> out")
@@ -370,6 +372,12 @@ def test_a_training_is_started_watched_cancelled_and_tried_again(make_admin, tmp
     assert "memory &lt;ran&gt; out" in raw
     assert "Try it again" in raw
     assert "is queued" in send(client, "/admin/training", "/admin/training/start", line="project-3")
+
+    waiting = folder.pending()
+    cancelled = send(client, "/admin/training", "/admin/training/cancel", line="project-3")
+    assert f"Training {waiting.id} is cancelled" in cancelled, "nobody works on it: no trainer has to come by"
+    assert "is queued" in send(client, "/admin/training", "/admin/training/start", line="project-3")
+    assert folder.pending().id != waiting.id
     assert not folder.pending().thorough
     assert folder.losses() == []
     assert folder.pending().id != status.id

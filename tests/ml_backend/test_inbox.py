@@ -110,6 +110,18 @@ def test_what_failed_is_tried_once_more_every_six_hours_for_two_weeks(inbox, pat
     assert inbox.retry() == 1, "a person can still ask"
 
 
+def test_what_is_tried_again_comes_a_few_at_a_time_and_is_no_sign_of_a_worker_that_is_gone(inbox, path):
+    keys = [inbox.add(body(number), "A") for number in range(25)]
+    for key in keys:
+        for _ in range(ATTEMPTS):
+            inbox.failed(key, "the image is not there")
+    aged(path, 7 * 3600)
+    assert [inbox.try_again(), inbox.try_again(), inbox.try_again()] == [20, 5, 0]
+    assert inbox.oldest_s() is None
+    new = inbox.add(body(99), "A")
+    assert inbox.oldest_s() == inbox.read(new).received_s
+
+
 def test_what_ends_those_who_try_it_is_never_tried_again_by_itself(inbox, path):
     key = inbox.add(body(), "A")
     inbox.give_up(key, "three workers died")

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
 
 import pytest
 import redis
@@ -15,7 +14,6 @@ from rq import Queue, SimpleWorker
 from rq.job import JobStatus
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
-from rq.utils import utcformat
 
 import ml_backend.jobs
 import ml_backend.scoring
@@ -272,16 +270,24 @@ def test_a_worker_whose_number_went_to_a_later_process_is_gone_as_in_a_container
     settings = settings_for(tmp_path / "data", label_studio)
     enqueue_ingest(settings, connection, keys=["k"])
     corrections = queue(connection, CORRECTIONS)
-    other = SimpleWorker([corrections], connection=connection, serializer=JSONSerializer)
+    other = ml_backend.jobs._Worker([corrections], connection=connection, serializer=JSONSerializer)
     other.register_birth()
     job = corrections.fetch_job(connection.lpop(corrections.key).decode())
     other.prepare_execution(job)
     other.prepare_job_execution(job)
-    assert requeue_abandoned(settings, connection, inbox=inbox) == 0, "this process is as old as its worker says"
-    earlier = datetime.now(UTC) - timedelta(hours=3)
-    connection.hset(other.key, "birth", utcformat(earlier))
+    assert requeue_abandoned(settings, connection, inbox=inbox) == 0
+    assert connection.hget(other.key, "process").decode() == ml_backend.jobs._mark_of(os.getpid())
+    connection.hset(other.key, "process", ml_backend.jobs._mark_of(1))
     assert requeue_abandoned(settings, connection, inbox=inbox) == 1
     assert corrections.get_job_ids() == ["ingest-k"]
+
+
+def test_what_tells_a_process_from_a_later_one_is_its_own_and_none_where_it_cannot_be_told():
+    marks = [ml_backend.jobs._mark_of(pid) for pid in (1, os.getpid(), os.getpid())]
+    assert marks[0] != marks[1] == marks[2]
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert ml_backend.jobs._mark_of(ended.pid) is None
 
 
 def die_at(connection, name, job_id):

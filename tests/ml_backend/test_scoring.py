@@ -7,7 +7,7 @@ import os
 import pytest
 
 from ml_backend import scoring
-from ml_backend.scoring import Progress, due_file, scorings
+from ml_backend.scoring import Progress, due_file, forget_progress, scorings
 from ml_backend.settings import Settings
 
 
@@ -40,9 +40,13 @@ def test_projects_that_wait_stand_in_the_order_they_were_asked_for_with_how_far_
     progress(0, 40)
     progress(12, 40)
     assert seen(settings) == [("3", 1000.0, 0, 0), ("7", 2000.0, 12, 40)], "the request keeps its time"
-    progress.done()
+    later = Progress(settings, 7)  # a job of its own, which goes on
+    later(5, 28)
+    assert seen(settings)[1] == ("7", 2000.0, 17, 40)
+    forget_progress(settings, 7)
+    assert seen(settings)[1] == ("7", 2000.0, 0, 0)
     due_file(settings, 7).unlink()
-    progress.done()
+    forget_progress(settings, 7)
     assert seen(settings) == [("3", 1000.0, 0, 0)]
 
 

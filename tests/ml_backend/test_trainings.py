@@ -35,6 +35,7 @@ from ml_backend.trainings import (
     _used_by_others_s,
     _Worker,
     ask_when_due,
+    cancel,
     folder_of,
     line_of,
     new_for,
@@ -134,7 +135,7 @@ def test_while_a_process_holds_the_line_nothing_is_queued(settings, connection):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_queued_training_that_is_cancelled_ends_though_no_worker_is_free_or_the_disk_is_full(
+def test_a_queued_training_that_was_cancelled_ends_at_the_trainers_next_look_on_a_full_disk_too(
     settings, connection, monkeypatch, full
 ):
     monkeypatch.setattr("ml_backend.trainings.lacks_room", lambda settings: full)
@@ -145,6 +146,15 @@ def test_a_queued_training_that_is_cancelled_ends_though_no_worker_is_free_or_th
     assert requeue(settings, connection) == []
     assert folder.pending() is None
     assert [(one.id, one.state) for one in folder.history()] == [(status.id, "cancelled")]
+
+
+def test_a_training_that_nobody_works_on_is_cancelled_at_once_and_another_stops_at_its_next_step(settings):
+    assert cancel(settings, "project-3") is None
+    waiting = request(settings, "project-3", "the button")
+    assert cancel(settings, "project-3") == (waiting, True)
+    running = request(settings, "project-3", "the button")
+    with folder_of(settings, "project-3").alone():
+        assert cancel(settings, "project-3") == (running, False)
 
 
 def test_asking_while_a_cancelled_training_still_ends_says_so(settings):
