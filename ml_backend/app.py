@@ -290,12 +290,12 @@ def create_app(service: Service) -> Flask:
     @app.errorhandler(Exception)
     def broken(error: Exception) -> Response:
         if _is_full(error):
-            where = service.settings.data_dir.resolve()
+            where = getattr(error, "filename", None) or service.settings.data_dir.resolve()
             log.error("%s could not write (%s): the disk of %s is full", _route(), error, where)
             said = f"the disk of {where} is full, so nothing of this was kept: make room there"
-            return _json(
-                {"error": f"{said}; annotations so missed are fetched by: python -m ml_backend reconcile"}, 507
-            )
+            if _route() == "/webhook":
+                said += "; annotations so missed are fetched by: python -m ml_backend reconcile"
+            return _json({"error": said}, 507)
         log.error("%s failed with an error of our own", _route(), exc_info=error)
         return _json({"error": f"internal error {logs.request_id.get()}; the log has the details under this id"}, 500)
 

@@ -46,7 +46,7 @@ from ml_backend.answers import Answer
 from ml_backend.connections import NOT_CONNECTED
 from ml_backend.images import TaskImage
 from ml_backend.inbox import SETTLE_S, Inbox
-from ml_backend.scoring import Progress, ask_for_scores, due_file, forget_progress
+from ml_backend.scoring import Progress, ask_for_scores, due_file, due_files, forget_progress
 from ml_backend.settings import Settings
 from model import heap
 from model.types import Refusal
@@ -278,7 +278,7 @@ def enqueue_scores(settings: Settings, connection: redis.Redis) -> None:
     """
     if settings.next_tasks == "off" or not (settings.label_studio_url and settings.label_studio_api_key):
         return
-    for file in due_file(settings, 0).parent.glob("*.due"):
+    for file in due_files(settings):
         with contextlib.suppress(OSError):  # done just now
             job_id = f"{_NEXT_TASKS}{file.stem}-{file.stat().st_mtime_ns}"
             _enqueue(_queue(CORRECTIONS, connection), score, [int(file.stem)], job_id, limit_s=_SCORE_LIMIT_S)

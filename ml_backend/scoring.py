@@ -38,6 +38,11 @@ def due_file(settings: Settings, project: str | int) -> Path:
     return settings.shared / "selection" / f"{project}.due"
 
 
+def due_files(settings: Settings) -> list[Path]:
+    """Return these files of all projects."""
+    return list(due_file(settings, 0).parent.glob("*.due"))
+
+
 def ask_for_scores(settings: Settings, project: str | int) -> None:
     """Have the worker score a project's unlabelled tasks; asked for again before it has begun, it is the same work."""
     if settings.next_tasks == "on":
@@ -101,7 +106,7 @@ def _progress_file(due: Path) -> Path:
 def scorings(settings: Settings) -> list[Scoring]:
     """Return whose tasks are to be scored, asked for earliest first."""
     found = []
-    for file in due_file(settings, 0).parent.glob("*.due"):
+    for file in due_files(settings):
         with contextlib.suppress(OSError):  # done just now
             looked, of = _noted(_progress_file(file))
             found.append(Scoring(project=file.stem, asked_s=file.stat().st_mtime, looked=looked, of=of))

@@ -50,10 +50,11 @@ def obeyed(logits: FloatMap, clicks: Sequence[Click], look: Look) -> FloatMap:
     for _ in range(_ROUNDS):
         before = bent
         for place, sign, reach in zip(places, signs, reaches, strict=True):
-            if _at(bent, place) * sign < _HELD:
+            there = _at(bent, place)
+            if there * sign < _HELD:
                 across, down = (np.exp(-((np.arange(LOW_RES) - middle) ** 2) / (2 * reach**2)) for middle in place)
                 bump = down[:, None] * across
-                bent = bent + bump * ((_SURE * sign - _at(bent, place)) / _at(bump, place))
+                bent = bent + bump * ((_SURE * sign - there) / _at(bump, place))
         if bent is before:
             break
     return np.asarray(bent, np.float32)
